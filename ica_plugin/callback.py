@@ -1,0 +1,348 @@
+"""When to score, what to log, and which weight a batch gets."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback
+
+from .config import ICAConfig
+from .errors import ICAError
+from .examples import Example
+from .holdout import Holdout
+from .injection import GradientInjection
+from .log import get_logger
+from .outputs import RunFiles
+from .retrieval import report_fewer, retrieve
+from .row_ids import ROW_IDS
+from .scoring.engine import Engine
+from .scoring.ica import ica_scores
+from .weighting import Weights, weights_from_scores
+
+
+class ICACallback(TrainerCallback):
+    """Scores rows with the current policy, keeps their weights, and reports.
+
+    Args:
+        trainer: the host's.
+        config: the block.
+        train: every row of `trainer.train_dataset`, in its order.
+        holdout: checked holdout; None with given weights.
+        given: float64 [n] weights that replace scoring.
+        length_normalize: mean log-probs for pairs.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: ICAConfig,
+        train: list[Example],
+        holdout: Holdout | None,
+        *,
+        given: np.ndarray | None,
+        length_normalize: bool,
+    ):
+        self.trainer = trainer
+        self.config = config
+        self.train = train
+        self.holdout = holdout
+        self.length_normalize = length_normalize
+        self.weights = torch.full((len(train),), torch.nan)
+        self.tokens = np.array([row.supervised_tokens if row.can_be_scored else 0 for row in train])
+        self.files = RunFiles(trainer.args.output_dir)
+        self.scores_itself = given is None
+        self.refreshes = 0
+        self.scored_rows = 0
+        self.scoring_seconds = 0.0
+        self._demonstrations: list[list[int]] | None = None
+        self._injection: GradientInjection | None = None
+        self._engine: Engine | None = None
+        self._started = 0.0
+        self._due = False
+        self._last_refresh_step = 0
+        self._ahead: deque = deque()
+        if given is not None:
+            self.weights = torch.from_numpy(given).float()
+
+    # When: the trainer's events decide, `before_update` acts.
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self._injection is not None:  # the trainer starts over, as after auto_find_batch_size
+            self._injection.remove()
+        self._injection = GradientInjection(self.trainer.model)
+        self._started = time.monotonic()
+        self._due = self.scores_itself
+        self._interval = self.config.interval_steps(state.max_steps)
+        if not self.scores_itself:
+            self._report_given()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._ahead.clear()
+        if self.config.refresh_interval == "epoch" or self._by_window:
+            self._due = self.scores_itself
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._interval and state.global_step - self._last_refresh_step >= self._interval:
+            self._due = self.scores_itself
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._write_run()
+
+    @property
+    def _by_window(self) -> bool:
+        return self._interval is not None and self.config.refresh_scope == "window"
+
+    def before_update(self, batches: Iterator[dict], micro_batches: int) -> Iterator[dict]:
+        """Refresh if one is due, before the micro-batches of the next optimizer step are taken.
+
+        With `refresh_scope: window` the batches of the coming interval are drawn ahead and exactly their rows are
+        scored; the batches are handed on unchanged and in order.
+
+        Args:
+            batches: the trainer's epoch iterator.
+            micro_batches: micro-batches per optimizer step.
+
+        Returns:
+            The iterator to take the micro-batches from.
+        """
+        if self._due:
+            self._due = False
+            self._last_refresh_step = self.trainer.state.global_step
+            if self._by_window:
+                self._draw_ahead(batches, self._interval * micro_batches)
+                self.refresh(sorted({row for batch, _ in self._ahead for row in batch[ROW_IDS].unique().tolist() if row >= 0}), shared=False)
+            else:
+                self.refresh(list(range(len(self.train))), shared=True)
+        return self._hand_on(batches) if self._ahead else batches
+
+    def _draw_ahead(self, batches: Iterator[dict], count: int) -> None:
+        gradient_state = self.trainer.accelerator.gradient_state
+        while len(self._ahead) < count:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            last = gradient_state.end_of_dataloader
+            self._ahead.append((batch, last))
+            if last:
+                break
+        self._mark_end(self._ahead and self._ahead[0][1])
+
+    def _hand_on(self, batches: Iterator[dict]) -> Iterator[dict]:
+        while self._ahead:
+            batch, last = self._ahead.popleft()
+            self._mark_end(last)
+            yield batch
+        for batch in batches:  # not `yield from`, which would close the trainer's iterator with this one
+            yield batch
+
+    def _mark_end(self, last: bool) -> None:
+        # Drawing ahead makes accelerate believe that the epoch's last batch is being trained.
+        loader = self.trainer.accelerator.gradient_state.active_dataloader
+        if loader is not None:
+            loader.end_of_dataloader = bool(last)
+
+    # What: scores, weights, records.
+
+    def refresh(self, rows: list[int], *, shared: bool) -> None:
+        """Score rows with the current policy and give them new weights; collective over all ranks.
+
+        Args:
+            rows: indices of train rows.
+            shared: every rank passes the same rows and scores its share; otherwise each rank passes its own.
+        """
+        begin = time.monotonic()
+        accelerator = self.trainer.accelerator
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        if self._demonstrations is None:
+            everyone = self._on_all_ranks(lambda: self._retrieve(list(range(rank, len(self.train), ranks))))
+            self._demonstrations = [demos for _, demos in sorted(pair for part in everyone for pair in part)]
+            report_fewer(self._demonstrations, self.config.k, len(self.holdout.shown))
+        mine = rows[rank::ranks] if shared else rows
+        parts = self._on_all_ranks(lambda: self._score(mine))
+        index, first = np.unique(np.concatenate([part["row"] for part in parts]), return_index=True)
+        if len(index) == 0:
+            return
+        columns = {name: np.concatenate([part[name] for part in parts])[first] for name in parts[0]}
+        neutral = np.array([not self._demonstrations[row] for row in index])
+        weights = weights_from_scores(
+            columns["score"], self.config, tokens=self.tokens[index], by_token=self.train[0].kind == "sft", neutral=neutral
+        )
+        self.weights[torch.from_numpy(index)] = torch.from_numpy(weights.values).float()
+        seconds = time.monotonic() - begin
+        self.scoring_seconds += seconds
+        self.scored_rows += len(index)
+        self._report(columns, weights, seconds)
+        if accelerator.is_main_process:
+            count = len(index)
+            self.files.add_scores(
+                {
+                    "row": index,
+                    "refresh": np.full(count, self.refreshes),
+                    "step": np.full(count, self.trainer.state.global_step),
+                    "base_logprob": columns["base"],
+                    "context_logprob": columns["context"],
+                    "score": columns["score"],
+                    "weight": weights.values,
+                    "tokens": self.tokens[index],
+                    "demos": [self._demonstrations[row] for row in index],
+                }
+            )
+        self.refreshes += 1
+        self._write_run()
+
+    def _on_all_ranks(self, work: Any) -> list[Any]:
+        """Run `work` here and return every rank's result; if one rank fails, all stop with its error."""
+        if self.trainer.accelerator.num_processes == 1:
+            return [work()]
+        result = error = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        gathered = gather_object([(result, None if error is None else repr(error))])
+        if error is not None:
+            raise error
+        for rank, (_, failure) in enumerate(gathered):
+            if failure is not None:
+                raise ICAError(f"scoring failed on rank {rank}: {failure}")
+        return [part for part, _ in gathered]
+
+    def _retrieve(self, rows: list[int]) -> list[tuple[int, list[int]]]:
+        tokenizer = self.trainer.processing_class
+        demonstrations = retrieve(
+            self.train,
+            self.holdout,
+            self.config,
+            rows=rows,
+            context=model_context(self.trainer.model),
+            embed=self._get_engine().embeddings,
+            decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+        )
+        return list(zip(rows, demonstrations, strict=True))
+
+    def _score(self, rows: list[int]) -> dict[str, np.ndarray]:
+        examples = [self.train[row] for row in rows]
+        total = 2 * sum(len(row.sequences) for row in examples if row.can_be_scored)
+        with tqdm(
+            total=total, desc="ICA scoring", unit="seq", leave=False, disable=not self.trainer.is_local_process_zero()
+        ) as bar:
+            scores = ica_scores(
+                self._get_engine(),
+                examples,
+                [self._demonstrations[row] for row in rows],
+                self.holdout.examples,
+                length_normalize=self.length_normalize,
+                progress=bar.update,
+            )
+        return {"row": np.array(rows, dtype=np.int64), "base": scores.base, "context": scores.context, "score": scores.score}
+
+    def _get_engine(self) -> Engine:
+        if self._engine is None:
+            self._engine = Engine(
+                self.trainer.model, device=self.trainer.args.device, autocast=self.trainer.accelerator.autocast
+            )
+        return self._engine
+
+    # Which weight a batch gets.
+
+    def training_weights(self, rows: torch.Tensor) -> torch.Tensor:
+        """The newest weights of a batch.
+
+        Args:
+            rows: int64 [B] or [B, T] row ids; padding has a negative id and weight 0.
+
+        Returns:
+            float32, same shape.
+
+        Raises:
+            ICAError: a row has no weight yet.
+        """
+        ids = rows.cpu()
+        weights = torch.where(ids >= 0, self.weights[ids.clamp(min=0)], torch.zeros(()))
+        if torch.isnan(weights).any():
+            unknown = ids[torch.isnan(weights)].unique().tolist()
+            raise ICAError(f"rows {unknown[:5]} are about to be trained but were never scored; the run stops here.")
+        return weights
+
+    @property
+    def injection(self) -> GradientInjection:
+        """The hook on the policy; there from the start of training on."""
+        if self._injection is None:
+            raise ICAError("a training step ran outside `trainer.train()`, before any row was scored.")
+        return self._injection
+
+    # What a person reads.
+
+    def _report(self, columns: dict[str, np.ndarray], weights: Weights, seconds: float) -> None:
+        finite = columns["score"][np.isfinite(columns["score"])]
+        mean, spread = (float(finite.mean()), float(finite.std())) if len(finite) else (0.0, 0.0)
+        share_clipped = float(weights.clipped.mean())
+        trained = max(time.monotonic() - self._started - self.scoring_seconds, 1e-9)
+        get_logger().info(
+            "refresh %d at step %d: %d rows scored in %.1f s; score %.2f ± %.2f nats; weights %.3g to %.3g, effective "
+            "sample size %.0f %%, %.1f %% of rows at max_weight.",
+            self.refreshes, self.trainer.state.global_step, len(columns["row"]), seconds, mean, spread,
+            weights.values.min(), weights.values.max(), 100 * weights.effective_sample_size, 100 * share_clipped,
+        )
+        if weights.bad.any():
+            bad = columns["row"][weights.bad]
+            get_logger().warning("%d row(s) have a NaN or infinite score and weight 0: %s", len(bad), bad[:10].tolist())
+        self._log(
+            {
+                "ica/score_mean": mean,
+                "ica/score_std": spread,
+                "ica/effective_sample_size": weights.effective_sample_size,
+                "ica/clipped_share": share_clipped,
+                "ica/scoring_seconds": seconds,
+                "ica/overhead": self.scoring_seconds / trained if self.refreshes else 0.0,
+            }
+        )
+
+    def _report_given(self) -> None:
+        values = self.weights.double().numpy()
+        weights = Weights(values, np.zeros(len(values), bool), np.zeros(len(values), bool))
+        get_logger().info(
+            "training with given weights: %d rows, mean %.3g, %.3g to %.3g, effective sample size %.0f %%; nothing is scored.",
+            len(values), values.mean(), values.min(), values.max(), 100 * weights.effective_sample_size,
+        )
+        self._log({"ica/effective_sample_size": weights.effective_sample_size})
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        # transformers' own method: TRL's override would flush its half-collected metrics here.
+        Trainer.log(self.trainer, metrics)
+
+    def _write_run(self) -> None:
+        if not self.trainer.accelerator.is_main_process:
+            return
+        elapsed = time.monotonic() - self._started
+        self.files.write_run(
+            {
+                "config": self.config.model_dump(mode="json"),
+                "length_normalize": self.length_normalize,
+                "rows": len(self.train),
+                "holdout_rows": len(self.holdout.examples) if self.holdout else 0,
+                "rows_in_holdout": self.holdout.rows_in_train if self.holdout else 0,
+                "rows_without_supervised_token": int((self.tokens == 0).sum()),
+                "scored_rows": self.scored_rows,
+                "refreshes": self.refreshes,
+                "steps": self.trainer.state.global_step,
+                "scoring_seconds": round(self.scoring_seconds, 3),
+                "training_seconds": round(max(elapsed - self.scoring_seconds, 0.0), 3),
+            }
+        )
+
+
+def model_context(model: Any) -> int | None:
+    """Tokens the model can attend to by its config; None where it names no limit."""
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)

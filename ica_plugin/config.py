@@ -1,0 +1,137 @@
+"""The `ica:` block: every key, its default, and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import ICAError
+
+BUILTIN_RETRIEVAL = ("policy", "bm25", "random")
+
+
+class ICAConfig(BaseModel):
+    """The `ica:` block. Only `holdout` is required (or `weights`, which replaces scoring)."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    holdout: str | dict[str, Any] | None = Field(
+        None, description="The good examples: a path, a hub id, or a dataset entry as under the host's `datasets`."
+    )
+    k: int = Field(3, ge=1, description="Demonstrations per row.")
+    refresh_interval: Literal["never", "epoch"] | int | float = Field(
+        "never", description="never (score once, before the first step) | epoch | N (optimizer steps) | a fraction of the run."
+    )
+    refresh_scope: Literal["window", "all"] = Field(
+        "window", description="What a refresh scores: the rows of the coming interval, or all rows."
+    )
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Of `weighting: softmax`; lower is sharper.")
+    weighting: Literal["softmax", "minmax", "rank", "top", "band"] = Field(
+        "softmax", description="How scores become weights."
+    )
+    winsorize: float = Field(
+        0.01, ge=0, lt=0.5, description="Of `weighting: minmax`: scores are first clipped to these quantiles; 0 is the paper's own."
+    )
+    keep: float = Field(0.5, gt=0, le=1, description="Of `weighting: top`: the best fraction, weighted alike; the rest is 0.")
+    band: tuple[float, float] = Field(
+        (0.25, 0.75), description="Of `weighting: band`: rows between these two quantiles are weighted alike; the rest is 0."
+    )
+    score: Literal["ica"] = Field("ica", description="The scorer.")
+    length_normalize: bool | None = Field(
+        None, description="Preference pairs: mean log-prob per token instead of the sum. Default: true for SimPO and ORPO."
+    )
+    retrieval: str = Field(
+        "policy", min_length=1, description="policy | bm25 | random | a sentence-transformers id or folder."
+    )
+    weights: str | None = Field(
+        None, description="A parquet, csv or jsonl of row → weight, or a column of the dataset: train with these, never score."
+    )
+    max_weight: float = Field(10.0, gt=1, allow_inf_nan=False, description="No softmax weight is above this.")
+    seed: int = Field(42, ge=0, description="Of random retrieval.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suggest_known_keys(cls, block: Any) -> Any:
+        if not isinstance(block, dict):
+            return block
+        for key in block:
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                hint = f"did you mean `{near[0]}`? " if near else ""
+                raise ValueError(f"unknown key `{key}`: {hint}Known keys: {', '.join(cls.model_fields)}")
+        return block
+
+    @field_validator("refresh_interval", mode="before")
+    @classmethod
+    def _check_interval(cls, value: Any) -> Any:
+        allowed = "allowed: never, epoch, a whole number of optimizer steps ≥ 1, or a fraction of the run between 0 and 1"
+        if value in ("never", "epoch"):
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(allowed)
+        if isinstance(value, int) and value >= 1:
+            return value
+        if isinstance(value, float) and 0 < value < 1:
+            return value
+        raise ValueError(allowed)
+
+    @field_validator("band")
+    @classmethod
+    def _check_band(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 1:
+            raise ValueError("two quantiles with 0 ≤ low < high ≤ 1, as in [0.25, 0.75]")
+        return value
+
+    @field_validator("holdout")
+    @classmethod
+    def _check_holdout(cls, value: str | dict | None) -> str | dict | None:
+        if value in ("", {}):
+            raise ValueError("is empty; give a path, a hub id, or a dataset entry with `path:`")
+        return value
+
+    @model_validator(mode="after")
+    def _check_source(self) -> ICAConfig:
+        if self.holdout is None and self.weights is None:
+            raise ValueError("`holdout` is required: a path, a hub id or a dataset entry (or give `weights`)")
+        return self
+
+    def interval_steps(self, total_steps: int) -> int | None:
+        """Optimizer steps between refreshes; None where the interval is not counted in steps."""
+        if isinstance(self.refresh_interval, str):
+            return None
+        if isinstance(self.refresh_interval, int):
+            return self.refresh_interval
+        return max(1, round(self.refresh_interval * total_steps))
+
+
+def parse_config(block: Any) -> ICAConfig:
+    """Validate an `ica:` block.
+
+    Args:
+        block: what stands under `ica:` in the user's file, or an ICAConfig.
+
+    Raises:
+        ICAError: one line per wrong key, with the key, the value and what is allowed.
+    """
+    if isinstance(block, ICAConfig):
+        return block
+    if not isinstance(block, dict):
+        raise ICAError(f"`ica:` is {block!r}, but it must be a block of keys with at least `holdout: <path>`.")
+    try:
+        return ICAConfig(**block)
+    except ValidationError as error:
+        raise ICAError(describe_errors(error)) from None
+
+
+def describe_errors(error: ValidationError) -> str:
+    """A pydantic error as lines `ica.key: value: what is allowed`, one per key."""
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        key = ".".join(["ica", *(str(part) for part in item["loc"][:1])])
+        message = item["msg"].removeprefix("Value error, ")
+        value = "" if len(item["loc"]) == 0 else f" {item['input']!r}:"
+        # A union reports one error per member; the key is what the user needs, once.
+        lines.setdefault(key, f"{key}:{value} {message}")
+    return "\n".join(lines.values())

@@ -1,0 +1,19 @@
+"""One logger, shown whatever the host does with logging, on the main process alone."""
+
+import logging
+import os
+import sys
+
+
+def get_logger() -> logging.Logger:
+    """Return the plugin's logger; warnings and the summary lines go to stderr with an `[ica]` prefix."""
+    logger = logging.getLogger("ica_plugin")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("[ica] %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+        is_main = int(os.environ.get("RANK", "0")) == 0
+        logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    logger.disabled = False  # hosts that call logging.config.dictConfig switch off loggers made before
+    return logger

@@ -1,0 +1,73 @@
+"""What a run leaves in `{output_dir}/ica/`: scores.parquet and run.json, each written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .log import get_logger
+
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("refresh", pa.int64()),
+        ("step", pa.int64()),
+        ("base_logprob", pa.float64()),
+        ("context_logprob", pa.float64()),
+        ("score", pa.float64()),
+        ("weight", pa.float32()),
+        ("tokens", pa.int64()),
+        ("demos", pa.list_(pa.int64())),
+    ]
+)
+
+PACKAGES = ("ica-plugin", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "axolotl", "llamafactory")
+
+
+class RunFiles:
+    """Writes the two files of one run. A full disk or a read-only folder is reported, and the run goes on."""
+
+    def __init__(self, output_dir: str | os.PathLike):
+        self.folder = Path(output_dir) / "ica"
+        self._tables: list[pa.Table] = []
+
+    def add_scores(self, columns: dict[str, Any]) -> None:
+        """Add the rows of one refresh to scores.parquet. `columns`: the names of SCHEMA; NaN becomes null."""
+        arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in SCHEMA]
+        self._tables.append(pa.Table.from_arrays(arrays, schema=SCHEMA))
+        table = pa.concat_tables(self._tables)
+        self._write("scores.parquet", lambda path: pq.write_table(table, path))
+
+    def write_run(self, record: dict[str, Any]) -> None:
+        """Write run.json."""
+        text = json.dumps({**record, "versions": versions()}, indent=2, default=str) + "\n"
+        self._write("run.json", lambda path: path.write_text(text))
+
+    def _write(self, name: str, write: Any) -> None:
+        partial = self.folder / f".{name}.partial"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            os.replace(partial, self.folder / name)
+        except OSError as error:
+            get_logger().warning(
+                "%s could not be written (%s). Training goes on with the right weights; free the disk or fix the folder's "
+                "permissions and the next refresh writes it again.", self.folder / name, error,
+            )
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide the result."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,81 @@
+"""In-Context Approximation: how much likelier a row becomes once the policy has seen holdout rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..examples import Example, Sequence
+from .engine import Engine, Progress
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of n rows, with what they were made from.
+
+    Attributes:
+        base: float64 [n]; log-prob of the response (pairs: chosen minus rejected) without demonstrations, nats
+            (per token with `length_normalize`).
+        context: the same after the demonstrations.
+        score: context − base, with the sign turned for undesirable unpaired rows; NaN where a row has no
+            supervised token or no demonstration.
+    """
+
+    base: np.ndarray
+    context: np.ndarray
+    score: np.ndarray
+
+
+def ica_scores(
+    engine: Engine,
+    examples: list[Example],
+    demonstrations: list[list[int]],
+    holdout: list[Example],
+    *,
+    length_normalize: bool,
+    progress: Progress = lambda done: None,
+) -> Scores:
+    """ICA scores (arXiv 2510.14459, eq. 7, for pairs with the difference of chosen and rejected).
+
+    `score = log π(y | C, x) − log π(y | x)`, where C is the tokens of the row's demonstrations, whole rows one
+    after the other, in front of the tokens of the row.
+
+    Args:
+        engine: the policy's log-probs.
+        examples: n rows.
+        demonstrations: per row, indices into `holdout`, in the order in which they are shown.
+        holdout: holdout rows.
+        length_normalize: mean log-prob per token instead of the sum.
+        progress: called with the number of sequences done, 2 per sequence of each scored row.
+    """
+    scored = [i for i, row in enumerate(examples) if row.can_be_scored]
+    flat: list[Sequence] = []
+    for i in scored:
+        context = [holdout[d].demonstration.tokens for d in demonstrations[i]]
+        for sequence in examples[i].sequences:
+            flat += [sequence, in_context(sequence, context)]
+    values = iter(engine.logprobs(flat, progress))
+    base, context = np.full(len(examples), np.nan), np.full(len(examples), np.nan)
+    for i in scored:
+        sums = []
+        for sequence in examples[i].sequences:
+            tokens = int(sequence.scored.sum()) if length_normalize else 1
+            sums.append((next(values) / tokens, next(values) / tokens))
+        base[i], context[i] = sums[0] if len(sums) == 1 else np.subtract(sums[0], sums[1])
+    score = context - base
+    for i, row in enumerate(examples):
+        if not demonstrations[i]:
+            score[i] = np.nan
+        elif not row.desirable:
+            score[i] = -score[i]
+    return Scores(base, context, score)
+
+
+def in_context(sequence: Sequence, demonstrations: list[np.ndarray]) -> Sequence:
+    """The sequence after its demonstrations; only its own tokens are scored."""
+    context = np.concatenate([np.zeros(0, np.int64), *demonstrations])
+    return Sequence(
+        np.concatenate([context, sequence.tokens]),
+        np.concatenate([np.zeros(len(context), bool), sequence.scored]),
+    )
