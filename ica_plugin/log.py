@@ -15,5 +15,7 @@ def get_logger() -> logging.Logger:
         logger.propagate = False
         is_main = int(os.environ.get("RANK", "0")) == 0
         logger.setLevel(logging.INFO if is_main else logging.ERROR)
-    logger.disabled = False  # hosts that call logging.config.dictConfig switch off loggers made before
+    # Hosts switch off loggers made before theirs (logging.config.dictConfig), or filter foreign ones (Axolotl).
+    logger.disabled = False
+    logger.filters.clear()
     return logger
