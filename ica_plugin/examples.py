@@ -18,6 +18,8 @@ from .errors import ICAError
 
 Kind = Literal["sft", "pair", "unpaired"]
 
+# Columns that tell the examples of a packed row apart; see `packed_lengths`.
+PACKING_COLUMNS = ("seq_lengths", "position_ids", "attention_mask")
 MULTIMODAL_KEYS = ("pixel_values", "pixel_values_videos", "input_features", "image_grid_thw", "images")
 
 
@@ -138,6 +140,8 @@ def examples_from_batch(batch: Mapping[str, Any], rows: int) -> list[Example]:
 def read_examples(dataset: Any, collator: Callable[[list[dict]], Mapping[str, Any]]) -> list[Example]:
     """Read every row of a map-style dataset through the trainer's collator, one row at a time.
 
+    A row into which the host packed several examples gives one `Example` for each, in order.
+
     Args:
         dataset: rows in the columns that the trainer holds; text columns are dropped, since collators do not
             take them.
@@ -150,10 +154,57 @@ def read_examples(dataset: Any, collator: Callable[[list[dict]], Mapping[str, An
     examples = []
     for index, row in enumerate(dataset):
         try:
-            examples += examples_from_batch(collator([dict(row)]), rows=1)
+            batch = collator([dict(row)])
+            lengths = packed_lengths(row)
+            examples += examples_from_batch(_with_mask(batch, row), rows=1) if lengths is None else _unpacked(batch, lengths)
         except ICAError as error:
             raise ICAError(f"row {index}: {error}") from None
     return examples
+
+
+def packed_lengths(row: Mapping[str, Any]) -> list[int] | None:
+    """Lengths of the examples that the host packed into one row, in order; None for a row that is one example.
+
+    Known layouts: `seq_lengths` (TRL's `bfd` and `bfd_split`); an `attention_mask` that numbers the examples from 1
+    (LLaMA-Factory's `neat_packing`); `position_ids` that start again at 0 with each example, and stay 0 over the padding
+    (LLaMA-Factory's `packing`).
+    """
+    if row.get("seq_lengths") is not None:
+        return [int(length) for length in row["seq_lengths"]]
+    if row.get("position_ids") is None:
+        return None
+    position = np.asarray(row["position_ids"])
+    if position.ndim != 1:
+        return None
+    numbers = np.asarray(row.get("attention_mask", np.ones_like(position)))
+    if numbers.max(initial=0) > 1:
+        return np.bincount(numbers[numbers > 0])[1:].tolist()
+    starts = np.flatnonzero(position == 0)
+    if len(starts) < 2:
+        return None
+    end = int(np.flatnonzero(position)[-1]) + 1 if position.any() else 0
+    return np.diff(np.append(starts[starts < end], end)).tolist()
+
+
+def _unpacked(batch: Mapping[str, Any], lengths: list[int]) -> list[Example]:
+    """The examples of one collated packed row. They stand one after the other from its first token on."""
+    tokens = batch["input_ids"][0].cpu().numpy().astype(np.int64)
+    scored = (batch["labels"][0] != -100).cpu().numpy()
+    examples, start = [], 0
+    for length in lengths:
+        mask = scored[start : start + length].copy()
+        mask[:1] = False
+        examples.append(Example((Sequence(tokens[start : start + length], mask),), "sft"))
+        start += length
+    return examples
+
+
+def _with_mask(batch: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch of one row with a 2-D attention mask, where the collator made none (padding-free) or a 4-D one."""
+    mask = batch.get("attention_mask")
+    if "input_ids" not in batch or "input_ids" not in row or (torch.is_tensor(mask) and mask.dim() == 2):
+        return batch
+    return {**batch, "attention_mask": torch.arange(batch["input_ids"].shape[1])[None] < len(row["input_ids"])}
 
 
 def digests(examples: Iterable[Example]) -> set[str]:
@@ -201,6 +252,7 @@ def _without_text_columns(dataset: Any) -> Any:
         while hasattr(feature, "feature"):
             feature = feature.feature
         dtype = getattr(feature, "dtype", None)
-        return isinstance(dtype, str) and dtype.startswith(("int", "uint", "float", "bool"))
+        # A column of nothing but nulls (LLaMA-Factory's `images` of text rows) is one that the collator may ask for.
+        return isinstance(dtype, str) and dtype.startswith(("int", "uint", "float", "bool", "null"))
 
     return dataset.select_columns([name for name, feature in features.items() if numeric(feature)])

@@ -42,6 +42,13 @@ def scale_gradient(value: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return _ScaleGradient.apply(value, weights.to(value.device).reshape(shape))
 
 
+def trains_output_embedding(model: nn.Module) -> bool:
+    """Whether any weight of the model's output embedding is trained."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    return head is not None and any(p.requires_grad for p in head.parameters())
+
+
 class GradientInjection:
     """Hooks a model so that a training forward inside `scaling(...)` has its gradient scaled.
 
@@ -57,7 +64,7 @@ class GradientInjection:
         if head is None:
             raise ICAError(f"{type(base).__name__} has no output embedding, so its rows cannot be weighted: ica_plugin needs a causal language model.")
         decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-        self.on_logits = decoder is None or decoder is base or any(p.requires_grad for p in head.parameters())
+        self.on_logits = decoder is None or decoder is base or trains_output_embedding(model)
         self._weights: torch.Tensor | None = None
         self._passes = 0
         self._handle = (head if self.on_logits else decoder).register_forward_hook(self._hook)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .errors import ICAError
+from .examples import PACKING_COLUMNS, packed_lengths
 
 ROW_IDS = "ica_rows"
 NO_ROW = -1
@@ -17,9 +18,9 @@ NO_ROW = -1
 class RowIdCollator:
     """Takes the row ids out of the features, calls the host's collator, and adds them back.
 
-    The batch gets int64 [B], one id per row, or [B, T], one id per token, where the host packs rows or concatenates
-    them without padding. Batches without ids (evaluation) pass through untouched. Every other attribute is the host
-    collator's.
+    A feature has one id, or one id per token where the host packed several examples into the row. The batch gets
+    int64 [B], one id per row, or [B, T], one id per token, where rows are packed or concatenated without padding.
+    Batches without ids (evaluation) pass through untouched. Every other attribute is the host collator's.
     """
 
     def __init__(self, collator: Any):
@@ -35,13 +36,12 @@ class RowIdCollator:
         flat = [row for rows in bins for row in rows] if bins is not None else features
         if not isinstance(flat[0], Mapping) or ROW_IDS not in flat[0]:
             return self.collator(features, *args, **kwargs)
-        ids = [int(row[ROW_IDS]) for row in flat]
+        ids = [row[ROW_IDS] for row in flat]
         flat = [{key: value for key, value in row.items() if key != ROW_IDS} for row in flat]
-        lengths = [len(row["input_ids"]) if "input_ids" in row else 0 for row in flat]
         tokens = [np.asarray(row["input_ids"]) for row in flat if "input_ids" in row]
         sizes = [len(rows) for rows in bins] if bins is not None else None
         batch = self.collator(_regroup(flat, sizes) if sizes else flat, *args, **kwargs)
-        batch[ROW_IDS] = _ids_of(batch, ids, lengths, tokens, sizes)
+        batch[ROW_IDS] = _ids_of(batch, ids, tokens, sizes)
         return batch
 
 
@@ -50,29 +50,57 @@ def _regroup(flat: list[dict], sizes: list[int]) -> list[list[dict]]:
     return [[next(rest) for _ in range(size)] for size in sizes]
 
 
-def _ids_of(batch: Any, ids: list[int], lengths: list[int], tokens: list[np.ndarray], sizes: list[int] | None) -> torch.Tensor:
+def _ids_of(batch: Any, ids: list[Any], tokens: list[np.ndarray], sizes: list[int] | None) -> torch.Tensor:
     shape = _shape(batch)
-    if sizes is None and shape[0] in (len(ids), 2 * len(ids)):
-        return torch.tensor(ids)
+    if sizes is None and np.ndim(ids[0]) == 0 and shape[0] in (len(ids), 2 * len(ids)):
+        return torch.tensor([int(row) for row in ids])
     if "input_ids" not in batch or len(tokens) != len(ids):
         raise ICAError(
             f"a batch of {len(ids)} rows came out of the collator as {tuple(shape)}: rows and weights cannot be matched. "
             "Switch padding-free preference batches (`padding_free`) off."
         )
+    if sizes is None:
+        sizes = [1] * len(ids) if shape[0] == len(ids) else [len(ids)]
     per_token = torch.full(tuple(shape), NO_ROW)
     row = 0
-    for line, size in enumerate(sizes or [len(ids)]):
+    for line, size in enumerate(sizes):
         start = 0
         for _ in range(size):
-            stop = start + lengths[row]
-            if stop > shape[1] or not np.array_equal(batch["input_ids"][line, start:stop].numpy(), tokens[row]):
+            here = np.broadcast_to(ids[row], tokens[row].shape)
+            real = int((here != NO_ROW).sum())  # a packed row may end with padding, which some collators cut off
+            stop = start + real
+            if stop > shape[1] or not np.array_equal(batch["input_ids"][line, start:stop].numpy(), tokens[row][:real]):
                 raise ICAError(
                     "the packed batch does not hold its rows one after the other, so weights cannot be matched to tokens. "
                     "Switch sample packing off."
                 )
-            per_token[line, start:stop] = ids[row]
-            start, row = stop, row + 1
+            per_token[line, start:stop] = torch.tensor(here[:real])
+            start, row = start + len(tokens[row]), row + 1
     return per_token
+
+
+def row_ids_of(dataset: Any) -> list[Any]:
+    """One id per row of a dataset, counted from 0; where the host packed examples into rows, a list of one id per token
+    for each row, so that every example has an id of its own, counted through all rows.
+
+    Args:
+        dataset: map-style, with `column_names`.
+    """
+    columns = [name for name in ("input_ids", *PACKING_COLUMNS) if name in dataset.column_names]
+    if columns[1:] in ([], ["attention_mask"]):
+        return list(range(len(dataset)))
+    rows = dataset.select_columns(columns)
+    lengths = [packed_lengths(row) for row in rows]
+    if not any(lengths):
+        return list(range(len(dataset)))
+    result, first = [], 0
+    for row, parts in zip(rows, lengths, strict=True):
+        parts = [len(row["input_ids"])] if parts is None else parts
+        ids = np.full(len(row["input_ids"]), NO_ROW)
+        ids[: sum(parts)] = np.repeat(np.arange(first, first + len(parts)), parts)
+        result.append(ids.tolist())
+        first += len(parts)
+    return result
 
 
 def _shape(batch: Any) -> torch.Size:

@@ -68,9 +68,12 @@ def check_weights(weights: Any, where: str) -> np.ndarray:
         where: their source, for messages.
 
     Raises:
-        ICAError: NaN, infinite or negative weights, or all 0.
+        ICAError: no numbers, NaN, infinite or negative weights, or all 0.
     """
-    weights = np.asarray(weights, dtype=np.float64)
+    try:
+        weights = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ICAError(f"{where}: must hold numbers.") from None
     for wrong, name in ((~np.isfinite(weights), "NaN or infinite"), (weights < 0, "negative")):
         if wrong.any():
             raise ICAError(f"{where}: {int(wrong.sum())} {name} weight(s), first at row {int(np.argmax(wrong))}.")

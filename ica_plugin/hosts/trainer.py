@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
+from datasets import Dataset, load_dataset, load_from_disk
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
@@ -17,13 +20,108 @@ from ..config import ICAConfig, parse_config
 from ..errors import ICAError
 from ..examples import Example, read_examples
 from ..holdout import check_holdout
+from ..injection import trains_output_embedding
 from ..log import get_logger
-from ..row_ids import ROW_IDS, RowIdCollator
+from ..row_ids import NO_ROW, ROW_IDS, RowIdCollator, row_ids_of
+from ..versions import warn_if_untested
 from ..weights_file import check_weights, read_weights
 
 # Losses whose value for one row depends on the other rows of the batch or on a running mean over batches.
 COUPLED_LOSSES = {"aot", "aot_pair", "aot_unpaired", "bco", "bco_pair"}
 LENGTH_NORMALIZED_LOSSES = {"simpo", "orpo", "sigmoid_norm"}
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+
+
+def attach(
+    trainer: Trainer, config: ICAConfig | Mapping[str, Any] | None = None, *, holdout: Any = None, weights: Any = None
+) -> ICACallback:
+    """Make a transformers or TRL trainer train with weights; call it between building the trainer and `train()`.
+
+        trainer = SFTTrainer(model, train_dataset=dataset, args=args)
+        ica_plugin.attach(trainer, {"k": 3}, holdout="holdout.jsonl")
+        trainer.train()
+
+    Args:
+        trainer: transformers.Trainer, or TRL's SFTTrainer, DPOTrainer, CPOTrainer, ORPOTrainer or KTOTrainer.
+        config: the keys of the `ica:` block.
+        holdout: the good examples: a path, a hub id, or a `datasets.Dataset`, either raw (it is prepared as the trainer
+            prepared its own rows) or tokenised, in the columns of `trainer.train_dataset`.
+        weights: float [n], one weight per row of `trainer.train_dataset`, or a file or column as under `ica.weights`;
+            then nothing is scored and no holdout is needed.
+
+    Returns:
+        the callback, which holds the scores' files and the weights.
+
+    Raises:
+        ICAError: what cannot be weighted exactly, a wrong key, or a holdout or weights that do not fit the trainer.
+    """
+    if any(base.__module__.startswith("trl.") for base in type(trainer).__mro__):
+        warn_if_untested("trl")
+    block = config.model_dump(exclude_unset=True) if isinstance(config, ICAConfig) else dict(config or {})
+    for key, value in (("holdout", holdout), ("weights", weights)):
+        if value is None:
+            continue
+        if block.get(key) is not None:
+            raise ICAError(f"{key} is given twice, in the config and as an argument; give it once.")
+        # The array or dataset itself does not go into run.json.
+        named = isinstance(value, (str, Path, Mapping))
+        block[key] = (value if isinstance(value, Mapping) else str(value)) if named else f"{type(value).__name__} of {len(value)} rows"
+    given = None
+    if weights is not None and not isinstance(weights, (str, Path)):
+        given = weights.detach().float().cpu().numpy() if torch.is_tensor(weights) else weights
+    parsed = parse_config(block)
+    _refuse_trl_settings(trainer)
+    source = parsed.holdout if holdout is None or isinstance(holdout, Path) else holdout
+    return attach_examples(trainer, parsed, read_holdout=lambda: _read_holdout(trainer, source, str(parsed.holdout)), weights=given)
+
+
+def _refuse_trl_settings(trainer: Trainer) -> None:
+    if "chunked_nll" in loss_types(trainer) and trains_output_embedding(trainer.model):
+        raise ICAError(
+            "TRL's `loss_type='chunked_nll'` (its default) never computes logits, so a trained output embedding cannot be "
+            "weighted. Set `loss_type='nll'` in the SFTConfig, which is the same loss, or train with LoRA."
+        )
+    if getattr(trainer.args, "packing", False) and "seq_lengths" not in trainer.train_dataset.column_names:
+        raise ICAError(
+            f"`packing_strategy={trainer.args.packing_strategy!r}` cuts rows and forgets where they began, so they cannot be "
+            "weighted one by one. Use `packing_strategy='bfd'`."
+        )
+
+
+def _read_holdout(trainer: Trainer, source: Any, name: str) -> tuple[str, list[Example]]:
+    rows = source if hasattr(source, "column_names") else _load_rows(source, name)
+    if len(rows) == 0:
+        raise ICAError(f"ica.holdout: {name} has no rows. Give at least one good example; 50 to 500 serve well.")
+    tokenised = [column for column in trainer.train_dataset.column_names if column.endswith("_ids")]
+    if not set(tokenised) & set(rows.column_names):
+        try:
+            rows = prepare_like_train(trainer, rows)
+        except ICAError:
+            raise
+        except Exception as error:
+            raise ICAError(
+                f"ica.holdout: {name}: its rows (columns {rows.column_names}) could not be prepared as the trainer's own were: "
+                f"{type(error).__name__}: {error}. Give rows with the fields of the training data, or tokenised rows with the "
+                f"columns {tokenised}."
+            ) from error
+    return name, read_examples(rows, trainer.data_collator)
+
+
+def _load_rows(source: str | Mapping[str, Any], name: str) -> Dataset:
+    """A path, a hub id, or a mapping of the arguments of `datasets.load_dataset`, as rows."""
+    entry = {"path": source} if isinstance(source, str) else dict(source)
+    path = Path(str(entry.get("path", "")))
+    kind = FILE_TYPES.get(path.suffix.lower())
+    if (kind or str(path).startswith((".", "/", "~"))) and not path.expanduser().exists():
+        raise ICAError(f"ica.holdout: {name}: no such file or folder (looked for {path.expanduser().absolute()}).")
+    try:
+        if (path / "state.json").is_file():
+            return load_from_disk(str(path))
+        if kind:
+            entry |= {"path": kind, "data_files": str(path.expanduser())}
+        return load_dataset(**{"split": "train", **entry})
+    except Exception as error:
+        raise ICAError(f"ica.holdout: {name}: cannot be read by `datasets`: {type(error).__name__}: {error}") from error
 
 
 def attach_examples(
@@ -57,20 +155,17 @@ def attach_examples(
             "%d of %d train rows have no supervised token (first: row %d) and get weight 0.",
             len(unsupervised), len(train), unsupervised[0],
         )
+    row_ids = row_ids_of(trainer.train_dataset)
     given = holdout = None
-    if weights is not None:
-        given = check_weights(weights, "weights")
-        if given.shape != (len(train),):
-            raise ICAError(f"weights: shape {given.shape}, but the trainer has {len(train)} train rows; give one weight per row.")
-    elif config.weights is not None:
-        given = _configured_weights(trainer, config.weights)
+    if weights is not None or config.weights is not None:
+        given = _given_weights(trainer, weights, config, row_ids, len(train))
     else:
         source, rows = read_holdout()
         holdout = check_holdout(source, rows, train, model_context(trainer.model))
     callback = ICACallback(
         trainer, config, train, holdout, given=given, length_normalize=_length_normalize(trainer, config)
     )
-    _add_row_ids(trainer)
+    _add_row_ids(trainer, row_ids)
     _wrap_loss(trainer, callback)
     _wrap_batches(trainer, callback)
     trainer.add_callback(callback)
@@ -120,15 +215,28 @@ def _length_normalize(trainer: Trainer, config: ICAConfig) -> bool:
     return bool(loss_types(trainer) & LENGTH_NORMALIZED_LOSSES)
 
 
-def _configured_weights(trainer: Trainer, source: str) -> np.ndarray:
+def _given_weights(trainer: Trainer, weights: Any, config: ICAConfig, row_ids: list[Any], examples: int) -> np.ndarray:
+    """The weight of each example, float64 [examples]: the array `weights`, or what the block's `weights` names."""
     dataset = trainer.train_dataset
-    if source in dataset.column_names:
-        return check_weights(dataset[source], f"ica.weights: column `{source}`")
-    return read_weights(source, len(dataset))
+    if weights is None and config.weights not in dataset.column_names:
+        if not Path(config.weights).suffix:
+            raise ICAError(
+                f"ica.weights: {config.weights}: the train dataset has no such column, only {dataset.column_names}. Give one "
+                "of them, or a .parquet, .csv or .jsonl file with the columns row and weight."
+            )
+        return read_weights(config.weights, examples)
+    where = "weights" if weights is not None else f"ica.weights: column `{config.weights}`"
+    given = check_weights(dataset[config.weights] if weights is None else weights, where)
+    if given.shape == (len(dataset),) and np.ndim(row_ids[0]) == 1:
+        # One weight per packed row is one for each of its examples.
+        given = np.repeat(given, [len(np.unique([i for i in ids if i != NO_ROW])) for ids in row_ids])
+    if given.shape != (examples,):
+        raise ICAError(f"{where}: shape {given.shape}, but the trainer has {examples} train rows; give one weight per row.")
+    return given
 
 
-def _add_row_ids(trainer: Trainer) -> None:
-    trainer.train_dataset = trainer.train_dataset.add_column(ROW_IDS, list(range(len(trainer.train_dataset))))
+def _add_row_ids(trainer: Trainer, row_ids: list[Any]) -> None:
+    trainer.train_dataset = trainer.train_dataset.add_column(ROW_IDS, row_ids)
     trainer.data_collator = RowIdCollator(trainer.data_collator)
     host_columns = trainer._set_signature_columns_if_needed
 
@@ -178,17 +286,37 @@ def prepare_like_train(trainer: Trainer, rows: Any) -> Any:
         rows: `datasets.Dataset` in the columns that the trainer was given.
 
     Returns:
-        the rows in the columns of `trainer.train_dataset`.
+        the rows in the columns of `trainer.train_dataset`, never packed.
 
     Raises:
         ICAError: the trainer offers no way to prepare rows.
     """
-    if hasattr(trainer, "tokenize_row") and not hasattr(trainer, "_prepare_dataset"):  # CPO, ORPO
-        from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
-
-        rows = rows.map(maybe_extract_prompt)
-        rows = rows.map(maybe_apply_chat_template, fn_kwargs={"processing_class": trainer.processing_class})
-        return rows.map(trainer.tokenize_row)
     if hasattr(trainer, "_prepare_dataset"):
-        return trainer._prepare_dataset(rows, trainer.processing_class, trainer.args, "holdout")
-    raise ICAError(f"{type(trainer).__name__} offers no way to prepare raw rows; give the holdout in the columns of its train dataset.")
+        arguments = {"dataset": rows, "processing_class": trainer.processing_class, "args": trainer.args, "dataset_name": "holdout"}
+        if "packing" in inspect.signature(trainer._prepare_dataset).parameters:  # SFT
+            arguments |= {"packing": False, "formatting_func": getattr(trainer, "_formatting_func", None)}
+        return trainer._prepare_dataset(**arguments)
+    if hasattr(trainer, "tokenize_row"):  # CPO, ORPO
+        return _apply_chat_template(trainer, rows).map(trainer.tokenize_row)
+    if type(trainer).__name__ == "KTOTrainer":  # TRL 0.x tokenises in its constructor
+        from trl.data_utils import maybe_unpair_preference_dataset
+        from trl.trainer import kto_trainer
+
+        limits = ("is_encoder_decoder", "max_length", "truncation_mode", "label_pad_token_id", "max_prompt_length", "max_completion_length")
+        rows = _apply_chat_template(trainer, rows, unpair=maybe_unpair_preference_dataset)
+        rows = rows.map(kto_trainer._tokenize, batched=True, fn_kwargs={"tokenizer": trainer.processing_class})
+        settings = {name: getattr(trainer, name) for name in limits}
+        return rows.map(
+            kto_trainer._process_tokens, fn_kwargs={"prefix": "", "tokenizer": trainer.processing_class, **settings}
+        )
+    raise ICAError(
+        f"{type(trainer).__name__} offers no way to prepare raw rows; give the holdout tokenised, in the columns of its train "
+        f"dataset: {trainer.train_dataset.column_names}."
+    )
+
+
+def _apply_chat_template(trainer: Trainer, rows: Any, unpair: Callable[[Any], Any] = lambda rows: rows) -> Any:
+    from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
+
+    rows = unpair(rows.map(maybe_extract_prompt))
+    return rows.map(lambda row: maybe_apply_chat_template(row, trainer.processing_class))
