@@ -150,7 +150,7 @@ def read_examples(dataset: Any, collator: Callable[[list[dict]], Mapping[str, An
     Raises:
         ICAError: see `examples_from_batch`; the message names the row.
     """
-    dataset = _without_text_columns(dataset)
+    dataset = without_text_columns(dataset)
     examples = []
     for index, row in enumerate(dataset):
         try:
@@ -243,7 +243,8 @@ def _joined(batch: Mapping[str, Any], prompt: str, response: str) -> list[Sequen
     return sequences
 
 
-def _without_text_columns(dataset: Any) -> Any:
+def without_text_columns(dataset: Any) -> Any:
+    """The dataset with its numeric columns (numbers and lists of numbers) alone, which is what collators take."""
     features = getattr(dataset, "features", None)
     if not features:
         return dataset

@@ -63,39 +63,52 @@ def sentence(rng: random.Random, low: int = 3, high: int = 12) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
 
 
-def sft_rows(n: int, seed: int = 0, turns: int = 1) -> list[dict]:
-    """Chats; every second one has `turns` + 1 turns where turns > 1."""
+def shuffled(rng: random.Random) -> str:
+    """The same eight words in another order: always the same number of tokens."""
+    words = WORDS[:8]
+    rng.shuffle(words)
+    return "x " + " ".join(words)
+
+
+def sft_rows(n: int, seed: int = 0, turns: int = 1, equal: bool = False) -> list[dict]:
+    """Chats; with `turns` > 1 every second one has a turn more; with `equal` all have the same token counts."""
     rng = random.Random(seed)
+    text = shuffled if equal else sentence
     rows = []
     for i in range(n):
         messages = []
         for _ in range(turns + (i % 2 if turns > 1 else 0)):
-            messages += [{"role": "user", "content": sentence(rng)}, {"role": "assistant", "content": sentence(rng)}]
+            messages += [{"role": "user", "content": text(rng)}, {"role": "assistant", "content": text(rng)}]
         rows.append({"messages": messages})
     return rows
 
 
-def pair_rows(n: int, seed: int = 0) -> list[dict]:
+def pair_rows(n: int, seed: int = 0, equal: bool = False) -> list[dict]:
+    """Preference pairs for Axolotl's `chat_template.default`."""
     rng = random.Random(seed)
+    text = shuffled if equal else sentence
     return [
         {
-            "messages": [{"role": "user", "content": sentence(rng)}],
-            "chosen": {"role": "assistant", "content": sentence(rng)},
-            "rejected": {"role": "assistant", "content": sentence(rng)},
+            "messages": [{"role": "user", "content": text(rng)}],
+            "chosen": {"role": "assistant", "content": text(rng)},
+            "rejected": {"role": "assistant", "content": text(rng)},
         }
         for _ in range(n)
     ]
 
 
+def argilla_rows(n: int, seed: int = 0, equal: bool = False) -> list[dict]:
+    """The same pairs with whole conversations as chosen and rejected."""
+    return [
+        {side: [*row["messages"], row[side]] for side in ("chosen", "rejected")} for row in pair_rows(n, seed, equal)
+    ]
+
+
 def kto_rows(n: int, seed: int = 0) -> list[dict]:
+    """Unpaired rows, two of three desirable."""
     rng = random.Random(seed)
     return [
-        {
-            "messages": [{"role": "user", "content": sentence(rng)}],
-            "completion": {"role": "assistant", "content": sentence(rng)},
-            "label": i % 3 != 0,
-        }
-        for i in range(n)
+        {"instruction": sentence(rng), "completion": sentence(rng), "label": i % 3 != 0} for i in range(n)
     ]
 
 
