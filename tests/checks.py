@@ -247,3 +247,79 @@ def check_weights_stay_with_rows(trainer) -> dict[tuple, tuple[float, float]]:
     for tokens, weight in seen:
         assert abs(by_content[tokens][1] - weight) < 1e-6
     return by_content
+
+
+def check_packed_gradients(make_trainer: MakeTrainer, tmp_path: Path, *, bins: int = 1, isolated: bool = True, **packing) -> float:
+    """The gradient of weighted packed rows equals an explicit weighted sum over the examples in them.
+
+    Args:
+        bins: packed rows in the batch.
+        isolated: examples do not attend to each other, so each one's loss is that of the row alone, from a trainer that
+            does not pack; otherwise it is the host's loss on the packed row with all other examples' labels masked.
+        packing: the settings that make the host pack.
+    """
+    weights = np.random.default_rng(0).uniform(0.1, 3.0, 64)
+    weighted = make_trainer(ica=lambda n: {"weights": str(write_weights(tmp_path / "weights.parquet", weights[:n]))}, **packing)
+    plain = make_trainer(ica=None, **({} if isolated else packing))
+    weighted.model.load_state_dict(plain.model.state_dict())
+    start_training(weighted)
+    batch = weighted._prepare_inputs(weighted.data_collator(features_of(weighted, list(range(bins)))))
+    ids = batch[ROW_IDS].clone()
+    found = gradients(weighted, weighted.compute_loss(weighted.model, batch))
+
+    plain.model.train()
+    examples = callback_of(weighted).train
+    picked = [row for row in ids.unique().tolist() if row >= 0]
+    assert len(picked) >= 3
+    tokens = sum(examples[row].supervised_tokens for row in picked)
+    place = {tuple(row["input_ids"]): i for i, row in enumerate(plain.train_dataset)}
+    total = torch.zeros(())
+    for row in picked:
+        if isolated:
+            single = plain.data_collator(features_of(plain, [place[tuple(examples[row].sequences[0].tokens.tolist())]]))
+        else:
+            single = plain.data_collator(features_of(plain, list(range(bins))))
+            single["labels"] = torch.where(ids == row, single["labels"], -100)
+        loss = plain.compute_loss(plain.model, plain._prepare_inputs(single))
+        total = total + weights[row] * examples[row].supervised_tokens / tokens * loss
+    error = relative_error(found, gradients(plain, total))
+    assert error < 1e-5, error
+    return error
+
+
+def check_kto_gradients(make_trainer: MakeTrainer, tmp_path: Path, fields: Callable[[dict], tuple]) -> float:
+    """The gradient of a weighted KTO batch equals an explicit weighted sum of KTO losses.
+
+    KTO's KL estimate is a constant of the batch, so its single-row losses are written out here, not taken from the host.
+
+    Args:
+        fields: batch → (ids, attention, scored) of the rows, the same of the KL rows, and which rows are desirable.
+    """
+    weights = np.random.default_rng(0).uniform(0.1, 3, 64)
+    plain = make_trainer(ica=None, micro_batch=4)
+    weighted = make_trainer(ica=lambda n: {"weights": str(write_weights(tmp_path / "w.parquet", weights[:n]))}, micro_batch=4)
+    weighted.model.load_state_dict(plain.model.state_dict())
+    for trainer in (plain, weighted):  # away from the reference model, or the KL estimate is 0
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    start_training(weighted)
+    batch = weighted.data_collator(features_of(weighted, [0, 1, 2, 3]))
+    found = gradients(weighted, weighted.compute_loss(weighted.model, dict(batch)))
+
+    def logprob(model, ids, attention, scored):
+        logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1].log_softmax(-1)
+        return (logits.gather(2, ids[:, 1:, None]).squeeze(2) * scored[:, 1:]).sum(1)
+
+    rows, kl_rows, good = fields(batch)
+    with torch.no_grad():
+        baseline = (logprob(plain.model, *kl_rows) - logprob(plain.ref_model, *kl_rows)).mean().clamp(min=0)
+        assert baseline > 0
+        base = logprob(plain.ref_model, *rows)
+    ratio = logprob(plain.model, *rows) - base
+    losses = 1 - torch.sigmoid(plain.beta * torch.where(good.bool(), ratio - baseline, baseline - ratio))
+    expected = gradients(plain, (losses * torch.from_numpy(weights[:4]).float()).mean())
+    error = relative_error(found, expected)
+    assert error < 1e-5, error
+    return error
