@@ -3,13 +3,25 @@
 import logging
 import os
 import sys
+from typing import TextIO
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to whatever sys.stderr is when a line is written: hosts and notebooks replace it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
 
 
 def get_logger() -> logging.Logger:
     """Return the plugin's logger; warnings and the summary lines go to stderr with an `[ica]` prefix."""
     logger = logging.getLogger("ica_plugin")
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("[ica] %(message)s"))
         logger.addHandler(handler)
         logger.propagate = False

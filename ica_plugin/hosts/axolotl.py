@@ -7,16 +7,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from axolotl.cli.config import load_cfg
+from axolotl.common.datasets import load_datasets, load_preference_datasets
 from axolotl.integrations.base import BasePlugin
+from axolotl.loaders import load_tokenizer
 from axolotl.utils.data import prepare_datasets, prepare_preference_datasets
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
+from transformers import AutoConfig
 
 from ..config import ICAConfig, parse_config
 from ..errors import ICAError
 from ..examples import Example, read_examples
+from ..holdout import check_holdout
 from ..versions import warn_if_untested
+from ..weights_file import read_weights
 from .trainer import attach_examples, prepare_like_train
 
 SUPPORTED_RL = ("dpo", "ipo", "simpo", "orpo", "kto")
@@ -176,3 +183,41 @@ def _read_holdout(cfg: DictDefault, config: ICAConfig, trainer: Any) -> tuple[st
     if cfg.rl:
         rows = prepare_like_train(trainer, rows)
     return source, read_examples(rows, trainer.data_collator)
+
+
+def validate(path: Path) -> dict[str, Any]:
+    """Check a config, its train rows and its holdout without loading the model.
+
+    Returns:
+        what was found, by name.
+
+    Raises:
+        ICAError: what is wrong.
+    """
+    warn_if_untested("axolotl")
+    try:
+        cfg = load_cfg(str(path))
+    except ValidationError as error:
+        raise ICAError(str(error)) from None
+    refuse_unsupported(cfg)
+    config = config_of(cfg)
+    tokenizer = load_tokenizer(cfg)
+    train = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg).train_dataset
+    found = {"rows": len(train)}
+    if config.weights is not None:
+        weights = read_weights(config.weights, len(train)) if config.weights not in train.column_names else train[config.weights]
+        return {**found, "weights": f"{config.weights}, mean {sum(weights) / len(weights):.3g}"}
+    source, rows = load_holdout(cfg, config, tokenizer)
+    found["holdout rows"] = f"{len(rows)} ({source})"
+    if not cfg.rl:  # preference rows are tokenised by the trainer, which needs the model
+        context = AutoConfig.from_pretrained(cfg.base_model, trust_remote_code=bool(cfg.trust_remote_code)).get_text_config()
+        holdout = check_holdout(
+            source, read_examples(rows, _one_row), read_examples(train, _one_row), getattr(context, "max_position_embeddings", None)
+        )
+        found["usable as demonstrations"] = len(holdout.shown)
+        found["train rows that are also in the holdout"] = holdout.rows_in_train
+    return {**found, "block": config.model_dump(exclude_none=True)}
+
+
+def _one_row(features: list[dict]) -> dict[str, torch.Tensor]:
+    return {key: torch.tensor([features[0][key]]) for key in ("input_ids", "attention_mask", "labels")}

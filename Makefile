@@ -1,0 +1,62 @@
+# Two commands do everything: `make demo` and `make test`. Environments are made on first use.
+PYTHON ?= python3.11
+# Axolotl 0.21 needs Python 3.12; its tests run where one is found.
+PYTHON312 ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 --version >/dev/null 2>&1 && echo python3.12 || ls $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python 2>/dev/null | tail -1)
+PIP_FLAGS = -q --disable-pip-version-check
+
+.PHONY: setup demo test test-fast test-axolotl test-axolotl-next test-trl test-llamafactory docs clean
+
+setup: .venv/.done .venv-llamafactory/.done
+
+.venv/.done: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install $(PIP_FLAGS) torch==2.13.0
+	.venv/bin/pip install $(PIP_FLAGS) axolotl==0.19.0
+	.venv/bin/pip install $(PIP_FLAGS) -e '.[dev]'
+	touch $@
+
+.venv-llamafactory/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-llamafactory
+	.venv-llamafactory/bin/pip install $(PIP_FLAGS) torch==2.11.0 torchaudio==2.11.0 torchvision==0.26.0 llamafactory==0.9.5 bitsandbytes
+	.venv-llamafactory/bin/pip install $(PIP_FLAGS) -e '.[dev]'
+	touch $@
+
+.venv-axolotl-next/.done: pyproject.toml
+	$(PYTHON312) -m venv .venv-axolotl-next
+	.venv-axolotl-next/bin/pip install $(PIP_FLAGS) torch==2.13.0 axolotl==0.21.0
+	.venv-axolotl-next/bin/pip install $(PIP_FLAGS) -e '.[dev]'
+	touch $@
+
+demo: .venv/.done
+	.venv/bin/python -m demo
+
+test: test-axolotl test-trl test-llamafactory test-axolotl-next
+
+# The fast tests: the core alone, no host (under two minutes).
+test-fast: .venv/.done
+	.venv/bin/python -m pytest tests --ignore tests/axolotl_host --ignore tests/trl_host --ignore tests/llamafactory_host
+
+test-axolotl: .venv/.done
+	.venv/bin/python -m pytest tests --ignore tests/trl_host --ignore tests/llamafactory_host
+
+test-trl: .venv/.done .venv-llamafactory/.done
+	.venv/bin/python -m pytest tests/trl_host
+	.venv-llamafactory/bin/python -m pytest tests/trl_host
+
+test-llamafactory: .venv-llamafactory/.done
+	.venv-llamafactory/bin/python -m pytest tests/llamafactory_host
+
+ifeq ($(PYTHON312),)
+test-axolotl-next:
+	@echo "No Python 3.12 was found (looked for python3.12 and pyenv's), so the tests on Axolotl 0.21 did NOT run. Set PYTHON312=<path> to run them."
+else
+test-axolotl-next: .venv-axolotl-next/.done
+	.venv-axolotl-next/bin/python -m pytest tests/axolotl_host/test_end_to_end.py tests/axolotl_host/test_trainers.py
+endif
+
+docs: .venv/.done
+	.venv/bin/pip install $(PIP_FLAGS) -e '.[docs]'
+	.venv/bin/mkdocs build --strict
+
+clean:
+	rm -rf .venv .venv-llamafactory .venv-axolotl-next demo/build site
