@@ -2,8 +2,21 @@
 
 import pytest
 import tiny
-from checks import check_gradients, check_kto_gradients, check_packed_gradients
-from llamafactory_harness import LORA, Maker, kto_rows
+from checks import (
+    callback_of,
+    check_accumulation,
+    check_all_weights_one,
+    check_gradients,
+    check_kto_gradients,
+    check_packed_gradients,
+    check_scores,
+    check_weights_stay_with_rows,
+    write_weights,
+)
+from ica_plugin.config import parse_config
+from ica_plugin.errors import ICAError
+from ica_plugin.hosts.llamafactory import attach, run_exp
+from llamafactory_harness import LORA, Maker, dataset_entry, kto_rows
 
 ROWS = {
     "sft": lambda: tiny.sft_rows(8, turns=2),
@@ -50,3 +63,139 @@ def test_gradients_of_kto(make, tmp_path):
         return rows, kl, batch["kto_tags"]
 
     check_kto_gradients(make("kto", kto_rows(8)), tmp_path, fields)
+
+
+@pytest.mark.parametrize("kind,settings", [("sft", {}), ("sft", {"neat_packing": True, "cutoff_len": 96}), ("sigmoid", {})])
+def test_all_weights_one_is_the_hosts_own_run(make, tmp_path, kind, settings):
+    rows = tiny.sft_rows(40) if settings else tiny.sft_rows(12) if kind == "sft" else tiny.pair_rows(12)
+    maker = make(kind, rows, **settings)
+    check_all_weights_one(maker, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["sft", "sigmoid"])
+def test_micro_batch_one_with_accumulation_four_equals_micro_batch_four(make, tmp_path, kind):
+    rows = (tiny.sft_rows if kind == "sft" else tiny.pair_rows)(8, equal=True)
+    check_accumulation(make(kind, rows, optim="sgd", learning_rate=0.05, max_grad_norm=1e9), tmp_path)
+
+
+def labelled(row):
+    return [(row["input_ids"], [label != -100 for label in row["labels"]])], row.get("kto_tags", True)
+
+
+def labelled_pair(row):
+    return [
+        (row[f"{side}_input_ids"], [label != -100 for label in row[f"{side}_labels"]]) for side in ("chosen", "rejected")
+    ], True
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_scores(make, kind):
+    trainer = make(kind, **{**LORA, "learning_rate": 0.05} if kind in ("sft", "sigmoid") else {})(ica={"k": 2})
+    check_scores(trainer, labelled if kind == "sft" else labelled_pair)
+    assert callback_of(trainer).length_normalize == (kind in ("simpo", "orpo"))
+
+
+def test_scores_of_kto(make):
+    trainer = make("kto", kto_rows(8))(ica={"k": 2}, micro_batch=4)
+    check_scores(trainer, labelled)
+    callback = callback_of(trainer)
+    assert {callback.holdout.examples[d].desirable for demos in callback._demonstrations for d in demos} == {True}
+
+
+def test_scores_and_weights_stay_with_their_rows(make):
+    """Reversed, packed both ways: each example keeps its own score and weight, by content."""
+    rows = tiny.sft_rows(12, turns=2)
+    straight = check_weights_stay_with_rows(make("sft", rows)(ica={}))
+    others = [
+        check_weights_stay_with_rows(make("sft", rows[::-1])(ica={})),
+        check_weights_stay_with_rows(make("sft", rows, neat_packing=True)(ica={})),
+        check_weights_stay_with_rows(make("sft", rows, packing=True, num_train_epochs=2)(ica={})),
+    ]
+    assert len(straight) == 12
+    for other in others:
+        assert other.keys() == straight.keys()
+        for content, (score, weight) in straight.items():
+            assert other[content] == (pytest.approx(score, abs=1e-3), pytest.approx(weight, rel=1e-3))
+
+
+def test_preference_weights_stay_with_their_rows(make):
+    rows = tiny.pair_rows(10)
+    by_content = check_weights_stay_with_rows(make("sigmoid", rows)(ica={}))
+    reversed_rows = check_weights_stay_with_rows(make("sigmoid", rows[::-1])(ica={}))
+    assert by_content.keys() == reversed_rows.keys() and len(by_content) == 10
+    for content, (score, weight) in by_content.items():
+        assert reversed_rows[content] == (pytest.approx(score, abs=1e-3), pytest.approx(weight, rel=1e-3))
+
+
+def holdout_tokens(trainer):
+    return [example.demonstration.tokens.tolist() for example in callback_of(trainer).holdout.examples]
+
+
+@pytest.mark.parametrize("kind", ["sft", "simpo", "kto"])
+def test_the_holdout_is_a_name_a_path_or_an_entry(make, tmp_path, kind):
+    rows = kto_rows(8) if kind == "kto" else None
+    maker = make(kind, rows)
+    path = tiny.write_jsonl(tmp_path / "elsewhere.jsonl", maker.holdout)
+    named = holdout_tokens(maker(ica={"holdout": "good"}))
+    assert len(named) == 6
+    assert holdout_tokens(maker(ica={"holdout": str(path)})) == named
+    assert holdout_tokens(maker(ica={"holdout": dataset_entry(kind, str(path))})) == named
+    assert holdout_tokens(maker(ica={"holdout": {"file_name": str(path)}})) == named
+    if kind == "sft":
+        assert holdout_tokens(maker(ica={"holdout": "good"}, neat_packing=True)) == named
+
+
+@pytest.mark.parametrize(
+    "holdout,message",
+    [
+        ("god", "neither a dataset in .*dataset_info.json nor a file .*Did you mean `good`"),
+        ("pairs.jsonl", "cannot read it as the run's data"),
+        ("empty.jsonl", "ica.holdout: .*empty.jsonl"),
+        ("long.jsonl", "longer than cutoff_len"),
+    ],
+)
+def test_a_wrong_holdout_says_what_to_do(make, tmp_path, holdout, message):
+    tiny.write_jsonl(tmp_path / "pairs.jsonl", [{"question": "red", "answer": "blue"}])
+    tiny.write_jsonl(tmp_path / "empty.jsonl", [])
+    long = tiny.sft_rows(2)
+    long[1]["messages"][1]["content"] = "red green blue " * 200
+    tiny.write_jsonl(tmp_path / "long.jsonl", long)
+    path = tmp_path / holdout
+    with pytest.raises(ICAError, match=message):
+        make("sft")(ica={"holdout": str(path) if path.exists() else holdout})
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"stage": "rm"}, "stage: rm is not supported"),
+        ({"do_train": False}, "do_train"),
+        ({"stage": "dpo", "pref_loss": "kto_pair"}, "pref_loss: kto_pair couples"),
+        ({"stage": "dpo", "pref_bco_weight": 0.5}, "BCO loss"),
+        ({"use_ray": True}, "use_ray trains outside"),
+        ({"ica": {"weights": "w.parquet"}, "neat_packing": True}, "ica.weights.*neat_packing"),
+        ({"ica": {"weights": "w.parquet"}, "val_size": 0.1}, "ica.weights.*val_size"),
+        ({"ica": {"houldout": "good"}}, "did you mean `holdout`"),
+        ({"ica": None}, "must be a block"),
+    ],
+)
+def test_what_cannot_be_weighted_is_refused_before_a_model_is_loaded(settings, message):
+    with pytest.raises(ICAError, match=message):
+        run_exp({"stage": "sft", "do_train": True, "model_name_or_path": "nowhere", "ica": {"holdout": "good"}, **settings})
+
+
+def test_multimodal_rows_are_refused(make, tmp_path):
+    maker = make("sft", tiny.sft_rows(4))
+    trainer = maker(ica=None)
+    trainer.train_dataset = trainer.train_dataset.remove_columns("images").add_column("images", [["a.png"]] * 4)
+    with pytest.raises(ICAError, match="multimodal"):
+        attach(trainer, parse_config({"holdout": "good"}))
+
+
+def test_weights_from_a_file_and_from_a_column(make, tmp_path):
+    weights = [0.5 + i / 8 for i in range(8)]
+    trainer = make("sft")(ica={"weights": str(write_weights(tmp_path / "w.parquet", weights))})
+    assert callback_of(trainer).weights.tolist() == weights
+    trainer.train()
+    with pytest.raises(ICAError, match="no such column"):  # LLaMA-Factory drops every column it does not know
+        make("sft")(ica={"weights": "quality"})
