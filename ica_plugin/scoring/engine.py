@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -11,19 +11,34 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import ICAError
 from ..examples import Sequence
+from ..log import get_logger
+from .memory import max_predictions
+from .packed import PackedPath, why_not_packed
+from .padded import PaddedPath
 
 Progress = Callable[[int], None]
+Path = PaddedPath | PackedPath
+
+# Packed and padded log-probs may differ by this share of their own spread: rounding is far below, a sibling seen far above.
+PATHS_AGREE = 0.05
 
 
 class Engine:
-    """Padded batches sorted by length, each token scored once.
+    """The policy's log-probs, by the fastest path that is right for the model.
+
+    On first use the packed path is tried against the padded one on a few random tokens; a model on which they differ
+    is scored by the padded path. Which path is taken, and why, is logged once.
 
     Args:
         model: the policy, without distributed wrappers (PEFT is fine).
         device: where inputs go.
         autocast: makes the context of the trainer's own precision.
-        batch_tokens: padded tokens per forward; halved whenever memory runs out.
+        batch_tokens: tokens per forward; halved whenever memory runs out.
+
+    Raises:
+        ICAError: prompt tuning, whose virtual tokens stand before every row.
     """
 
     def __init__(
@@ -32,15 +47,31 @@ class Engine:
         *,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-        batch_tokens: int = 8192,
+        batch_tokens: int = 4096,
     ):
-        self.model = model
-        self.device = device
-        self.autocast = autocast
+        adapter = getattr(model, "active_peft_config", None)
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ICAError(f"{adapter.peft_type.value} adapters are not supported by ica_plugin: their virtual tokens stand before every row. Use LoRA.")
+        self._model = model
+        self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._device = torch.device(device)
+        self._autocast = autocast
         self.batch_tokens = batch_tokens
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._decoder = base.get_decoder()
-        self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._chosen: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        """The path taken for this model."""
+        if self._chosen is None:
+            with self._scoring():
+                self._chosen, why = self._choose()
+            name = (
+                "padded batches sorted by length"
+                if isinstance(self._chosen, PaddedPath)
+                else f"packed trees ({'dense mask' if self._chosen.attention == 'dense' else 'attention by segments'}, SDPA)"
+            )
+            get_logger().info("scoring path: %s%s.", name, f", since {why}" if why else "")
+        return self._chosen
 
     def logprobs(self, sequences: list[Sequence], progress: Progress = lambda done: None) -> np.ndarray:
         """Summed log-prob of each sequence's scored tokens.
@@ -51,10 +82,18 @@ class Engine:
 
         Returns:
             float64 [n], nats.
+
+        Raises:
+            ICAError: a single sequence does not fit the memory.
         """
         result = np.zeros(len(sequences))
-        with evaluating(self.model), self.autocast():
-            self._in_batches([len(s.tokens) for s in sequences], lambda index: self._logprobs(sequences, index, result), progress)
+        path = self.path
+
+        def work(index: list[int]) -> None:
+            values = path.token_logprobs([sequences[i] for i in index])
+            result[index] = [float(value.astype(np.float64).sum()) for value in values]
+
+        self._in_batches([s.tokens for s in sequences], np.array([int(s.scored.sum()) for s in sequences]), work, progress)
         return result
 
     def embeddings(self, prompts: list[np.ndarray], progress: Progress = lambda done: None) -> np.ndarray:
@@ -63,81 +102,89 @@ class Engine:
 
         Args:
             prompts: n token arrays.
+            progress: called with the number of prompts done.
 
         Returns:
             float32 [n, H].
         """
         result: list[np.ndarray | None] = [None] * len(prompts)
-        with evaluating(self.model), self.autocast():
-            self._in_batches([len(p) for p in prompts], lambda index: self._embeddings(prompts, index, result), progress)
+        path = self.path
+
+        def work(index: list[int]) -> None:
+            for i, vector in zip(index, path.embeddings([prompts[i] for i in index]), strict=True):
+                result[i] = vector
+
+        self._in_batches(prompts, np.zeros(len(prompts), int), work, progress)
         return np.stack(result)
 
-    def _in_batches(self, lengths: list[int], run: Callable[[list[int]], None], progress: Progress) -> None:
-        pending = [list(batch) for batch in _batches(lengths, self.batch_tokens)]
-        while pending:
-            batch = pending.pop(0)
+    def _in_batches(
+        self, sequences: list[np.ndarray], predictions: np.ndarray, work: Callable[[list[int]], None], progress: Progress
+    ) -> None:
+        limit = max_predictions(self._base.config.get_text_config().vocab_size)
+
+        def plan(index: list[int]) -> deque[list[int]]:
+            batches = self.path.split([sequences[i] for i in index], predictions[index], self.batch_tokens, limit)
+            return deque([index[i] for i in batch] for batch in batches)
+
+        batches = plan(list(range(len(sequences))))
+        with self._scoring():
+            while batches:
+                try:
+                    work(batches[0])
+                except torch.OutOfMemoryError:
+                    ran_out = True
+                else:
+                    ran_out = False
+                if ran_out:  # outside of `except`, whose traceback would keep the tensors
+                    self._halve([len(sequences[i]) for i in batches[0]])
+                    batches = plan([i for batch in batches for i in batch])
+                    continue
+                progress(len(batches.popleft()))
+
+    def _halve(self, lengths: list[int]) -> None:
+        if len(lengths) == 1:
+            raise ICAError(
+                f"out of memory while scoring a single row of {lengths[0]} tokens with its demonstrations. Lower `ica.k`, "
+                "use shorter holdout rows, or shorten the run's sequence length."
+            )
+        self.batch_tokens = max(1, min(self.batch_tokens, sum(lengths)) // 2)
+        torch.cuda.empty_cache()
+        get_logger().warning("out of memory while scoring; at most %d tokens per forward from here on.", self.batch_tokens)
+
+    def _choose(self) -> tuple[Path, str | None]:
+        padded = PaddedPath(self._model, self._base, self._device)
+        reason = why_not_packed(self._base)
+        if reason is not None:
+            return padded, reason
+        probe = _probe(self._base.config.get_text_config().vocab_size)
+        expected = np.concatenate(padded.token_logprobs(probe))
+        # Dense attention is one kernel, which is what a GPU wants; on a CPU the fewest operations win.
+        for attention in ("segments", "dense") if self._device.type == "cpu" else ("dense",):
+            packed = PackedPath(self._model, self._base, self._device, attention)
             try:
-                run(batch)
-            except torch.cuda.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                self.batch_tokens = max(1, self.batch_tokens // 2)
-                torch.cuda.empty_cache()
-                middle = len(batch) // 2
-                pending[:0] = [batch[:middle], batch[middle:]]
+                error = np.concatenate(packed.token_logprobs(probe)) - expected
+            except Exception as caught:
+                reason = f"its forward does not take packed trees ({type(caught).__name__}: {caught})"
                 continue
-            progress(len(batch))
+            if np.sqrt(np.mean(error**2)) <= PATHS_AGREE * expected.std():
+                return packed, None
+            reason = "its log-probs of packed trees differ from those of single rows"
+        return padded, reason
 
-    def _logprobs(self, sequences: list[Sequence], index: list[int], result: np.ndarray) -> None:
-        batch = [sequences[i] for i in index]
-        tokens, attention = _pad([s.tokens for s in batch], self.device)
-        scored = torch.zeros_like(tokens, dtype=torch.bool)
-        for i, sequence in enumerate(batch):
-            scored[i, : len(sequence.scored)] = torch.from_numpy(sequence.scored)
-        columns = torch.nonzero(scored.any(dim=0)).squeeze(1)
-        if len(columns) == 0:
-            return
-        keep = {"logits_to_keep": columns - 1} if self._keeps_logits else {}
-        logits = self.model(input_ids=tokens, attention_mask=attention, use_cache=False, **keep).logits
-        if not self._keeps_logits:
-            logits = logits[:, columns - 1]
-        for i, row in enumerate(index):
-            kept = scored[i, columns]
-            labels = tokens[i, columns][kept]
-            values = logits[i][kept].float()
-            picked = values.gather(1, labels[:, None]).squeeze(1)
-            result[row] = float((picked - torch.logsumexp(values, dim=1)).double().sum())
-
-    def _embeddings(self, prompts: list[np.ndarray], index: list[int], result: list) -> None:
-        tokens, attention = _pad([prompts[i] for i in index], self.device)
-        hidden = self._decoder(input_ids=tokens, attention_mask=attention, use_cache=False)
-        weight = attention.cumsum(dim=1) * attention
-        pooled = (hidden.last_hidden_state.float() * weight[:, :, None]).sum(1) / weight.sum(1, keepdim=True)
-        for i, vector in zip(index, pooled.cpu().numpy(), strict=True):
-            result[i] = vector
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        with evaluating(self._model), self._autocast():
+            yield
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices sorted by length, longest first, in batches of at most `batch_tokens` padded tokens."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def _pad(rows: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded tokens and attention mask, both int64 [B, T]."""
-    longest = max(len(row) for row in rows)
-    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
-    attention = torch.zeros_like(tokens)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.from_numpy(row)
-        attention[i, : len(row)] = 1
-    return tokens.to(device), attention.to(device)
+def _probe(vocabulary: int) -> list[Sequence]:
+    """Sequences of random tokens, sorted: two that share a beginning, a third that shares nothing."""
+    rng = np.random.default_rng(0)
+    stem, left, right, alone = (rng.integers(vocabulary, size=size) for size in (12, 8, 8, 16))
+    rows = sorted([np.concatenate([stem, left]), np.concatenate([stem, right]), alone], key=lambda row: row.tolist())
+    return [Sequence(row, np.arange(len(row)) > 0) for row in rows]
 
 
 @contextmanager

@@ -9,6 +9,9 @@ import numpy as np
 from ..examples import Example, Sequence
 from .engine import Engine, Progress
 
+# Bounds the memory of the sequences with their demonstrations.
+ROWS_PER_BLOCK = 4096
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -50,19 +53,23 @@ def ica_scores(
         progress: called with the number of sequences done, 2 per sequence of each scored row.
     """
     scored = [i for i, row in enumerate(examples) if row.can_be_scored]
-    flat: list[Sequence] = []
-    for i in scored:
-        context = [holdout[d].demonstration.tokens for d in demonstrations[i]]
-        for sequence in examples[i].sequences:
-            flat += [sequence, in_context(sequence, context)]
-    values = iter(engine.logprobs(flat, progress))
+    # Rows with the same first demonstrations next to each other: they share that part of the forward.
+    scored.sort(key=lambda i: demonstrations[i])
     base, context = np.full(len(examples), np.nan), np.full(len(examples), np.nan)
-    for i in scored:
-        sums = []
-        for sequence in examples[i].sequences:
-            tokens = int(sequence.scored.sum()) if length_normalize else 1
-            sums.append((next(values) / tokens, next(values) / tokens))
-        base[i], context[i] = sums[0] if len(sums) == 1 else np.subtract(sums[0], sums[1])
+    for start in range(0, len(scored), ROWS_PER_BLOCK):
+        block = scored[start : start + ROWS_PER_BLOCK]
+        flat: list[Sequence] = []
+        for i in block:
+            shown = [holdout[d].demonstration.tokens for d in demonstrations[i]]
+            for sequence in examples[i].sequences:
+                flat += [sequence, in_context(sequence, shown)]
+        values = iter(engine.logprobs(flat, progress))
+        for i in block:
+            sums = []
+            for sequence in examples[i].sequences:
+                tokens = int(sequence.scored.sum()) if length_normalize else 1
+                sums.append((next(values) / tokens, next(values) / tokens))
+            base[i], context[i] = sums[0] if len(sums) == 1 else np.subtract(sums[0], sums[1])
     score = context - base
     for i, row in enumerate(examples):
         if not demonstrations[i]:
