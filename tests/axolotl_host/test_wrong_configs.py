@@ -135,3 +135,19 @@ def test_the_schema_has_the_block(config):
     schema = merge_input_args()[1].model_fields
     assert "ica" in schema and ICAPlugin().get_input_args() == "ica_plugin.hosts.axolotl.ICAArgs"
     PluginManager.get_instance().plugins.clear()
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_validate_checks_a_config_without_the_model(config, kind):
+    from ica_plugin.cli import app
+    from typer.testing import CliRunner
+
+    path = config(kind=kind)
+    load_config(path)  # a fresh plugin registry
+    result = CliRunner().invoke(app, ["validate", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "ready to train" in result.output and "holdout rows" in result.output
+
+    path = config(kind=kind, ica={"k": 0})
+    load = CliRunner().invoke(app, ["validate", str(path)])
+    assert load.exit_code == 1 and "greater than or equal to 1" in load.output

@@ -1,0 +1,51 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ica_plugin.errors import ICAError
+from ica_plugin.weights_file import read_weights
+
+
+def test_three_formats_give_the_same_weights(tmp_path):
+    (tmp_path / "w.csv").write_text("row,weight\n2,0.5\n0,1.5\n1,1\n")
+    (tmp_path / "w.jsonl").write_text('{"row": 2, "weight": 0.5}\n{"row": 0, "weight": 1.5}\n{"row": 1, "weight": 1}\n')
+    pq.write_table(pa.table({"row": [2, 0, 1], "weight": [0.5, 1.5, 1.0]}), tmp_path / "w.parquet")
+    for ending in ("csv", "jsonl", "parquet"):
+        assert read_weights(str(tmp_path / f"w.{ending}"), 3).tolist() == [1.5, 1.0, 0.5]
+
+
+def test_an_earlier_runs_scores_serve_with_their_last_refresh(tmp_path):
+    table = pa.table({"row": [0, 1, 0, 1], "refresh": [0, 0, 1, 1], "weight": [9.0, 9.0, 0.5, 1.5], "demos": [[1]] * 4})
+    pq.write_table(table, tmp_path / "scores.parquet")
+    assert read_weights(str(tmp_path / "scores.parquet"), 2).tolist() == [0.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("row,weight\n0,1\n", "1 of 2 train rows have no weight, first 1"),
+        ("row,weight\n0,1\n1,1\n1,2\n", "1 duplicate row\\(s\\), first 1"),
+        ("row,weight\n0,1\n1,-1\n", "1 negative weight\\(s\\), first at row 1"),
+        ("row,weight\n0,1\n1,nan\n", "1 NaN or infinite weight\\(s\\), first at row 1"),
+        ("row,weight\n0,1\n1,1\n7,1\n", "1 unknown row\\(s\\), first 7; the run trains on rows 0 to 1"),
+        ("row,weight\n0,0\n1,0\n", "every weight is 0"),
+        ("index,weight\n0,1\n", "no column `row`"),
+        ("row,weight\n0,heavy\n1,1\n", "column `weight` must hold numbers"),
+        ("row,weight\na,1\n1,1\n", "column `row` must hold whole numbers"),
+    ],
+)
+def test_wrong_files(tmp_path, text, message):
+    path = tmp_path / "w.csv"
+    path.write_text(text)
+    with pytest.raises(ICAError, match=message):
+        read_weights(str(path), 2)
+
+
+def test_files_that_are_not_there_or_not_readable(tmp_path):
+    with pytest.raises(ICAError, match="no such file"):
+        read_weights(str(tmp_path / "no.csv"), 2)
+    with pytest.raises(ICAError, match="unknown ending '.pkl'"):
+        read_weights("weights.pkl", 2)
+    (tmp_path / "bad.parquet").write_bytes(np.arange(5).tobytes())
+    with pytest.raises(ICAError, match="cannot be read as parquet"):
+        read_weights(str(tmp_path / "bad.parquet"), 2)
