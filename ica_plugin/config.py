@@ -45,6 +45,9 @@ class ICAConfig(BaseModel):
     retrieval: str = Field(
         "policy", min_length=1, description="policy | bm25 | random | a sentence-transformers id or folder."
     )
+    retrieval_groups: int | None = Field(
+        None, ge=1, description="Rows share this many demonstration sets, so that the context costs little. Default: each row has its own."
+    )
     weights: str | None = Field(
         None, description="A parquet, csv or jsonl of row → weight, or a column of the dataset: train with these, never score."
     )

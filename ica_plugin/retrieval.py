@@ -35,10 +35,13 @@ def retrieve(
     train rows. Demonstrations are returned in one canonical order, the holdout rows nearest to the rest of the
     holdout first, so that rows that share demonstrations share a prefix.
 
+    With `retrieval_groups` a row takes the demonstrations of the prototype nearest to it, one of that many holdout
+    rows chosen to lie near all the others: the prototype and its own nearest.
+
     Args:
         train: all train rows.
         holdout: checked holdout.
-        config: `retrieval`, `k`, `seed`.
+        config: `retrieval`, `retrieval_groups`, `k`, `seed`.
         rows: indices into `train` of the rows to serve.
         context: the model's context in tokens; demonstrations that do not fit before the row are left out, the least
             similar first. None: unlimited.
@@ -51,12 +54,16 @@ def retrieve(
     shown = holdout.shown
     similarity = _similarity(config, embed, decode)
     shown_prompts = [holdout.examples[i].demonstration.prompt for i in shown]
-    order = _canonical_order(similarity(shown_prompts, shown_prompts), config.k)
+    among = similarity(shown_prompts, shown_prompts)
+    order = _canonical_order(among, config.k)
+    prototypes = _prototypes(among, config.retrieval_groups) if config.retrieval_groups else None
     length = [len(holdout.examples[i].demonstration.tokens) for i in shown]
     chosen: list[list[int]] = []
     for start in range(0, len(rows), ROWS_PER_BLOCK):
         block = rows[start : start + ROWS_PER_BLOCK]
         scores = similarity([train[row].demonstration.prompt for row in block], shown_prompts)
+        if prototypes is not None:
+            scores = among[prototypes[scores[:, prototypes].argmax(axis=1)]]
         for row, ranked in zip(block, np.argsort(-scores, axis=1, kind="stable"), strict=True):
             room = np.inf if context is None else context - train[row].longest
             picked: list[int] = []
@@ -94,6 +101,19 @@ def _canonical_order(similarity: np.ndarray, k: int) -> list[int]:
     rank = np.empty(len(ranked), int)
     rank[ranked] = np.arange(len(ranked))
     return rank.tolist()
+
+
+def _prototypes(similarity: np.ndarray, count: int) -> np.ndarray:
+    """Up to `count` holdout rows, chosen greedily so that every holdout row is near one (facility location)."""
+    gain = similarity - similarity.min()
+    covered = np.zeros(len(gain))
+    chosen: list[int] = []
+    for _ in range(min(count, len(gain))):
+        total = np.maximum(gain, covered[:, None]).sum(axis=0)
+        total[chosen] = -np.inf
+        chosen.append(int(total.argmax()))
+        covered = np.maximum(covered, gain[:, chosen[-1]])
+    return np.array(chosen)
 
 
 def _similarity(config: ICAConfig, embed: Embed, decode: Decode) -> Callable[..., np.ndarray]:
