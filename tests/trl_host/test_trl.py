@@ -1,23 +1,234 @@
 """transformers' and TRL's own trainer classes with `ica_plugin.attach`."""
 
+import numpy as np
 import pytest
+import tiny
+import torch
+import trl
 import trl_harness
-from checks import check_gradients
-from trl_harness import Maker
+from checks import (
+    callback_of,
+    check_accumulation,
+    check_all_weights_one,
+    check_gradients,
+    check_kto_gradients,
+    check_packed_gradients,
+    check_scores,
+    check_weights_stay_with_rows,
+    write_weights,
+)
+from datasets import Dataset
+from ica_plugin import ICAConfig, ICAError, attach
+from packaging.version import Version
+from trl_harness import Maker, kto_rows, pair_rows, sft_rows
 
+TRL_1 = Version(trl.__version__) >= Version("1.0")
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+PACKING = {"packing": True, "packing_strategy": "bfd", "max_length": 96}
+SFT_KINDS = ("sft", "transformers")
 ROWS = {
-    "transformers": lambda: trl_harness.sft_rows(8),
-    "sft": lambda: trl_harness.sft_rows(8),
-    "dpo": lambda: trl_harness.pair_rows(8),
-    "ipo": lambda: trl_harness.pair_rows(8),
-    "hinge": lambda: trl_harness.pair_rows(8),
-    "simpo": lambda: trl_harness.pair_rows(8),
+    "transformers": lambda: sft_rows(8),
+    "sft": lambda: sft_rows(8),
+    "dpo": lambda: pair_rows(8),
+    "ipo": lambda: pair_rows(8),
+    "hinge": lambda: pair_rows(8),
+    "simpo": lambda: pair_rows(8),
     # Its NLL term averages a batch over tokens: equal lengths make it a mean of rows.
-    "orpo": lambda: trl_harness.pair_rows(8, equal=True),
+    "orpo": lambda: pair_rows(8, equal=True),
 }
 
 
+@pytest.fixture
+def make(tmp_path):
+    return lambda kind, rows=None, **settings: Maker(tmp_path, kind, rows or ROWS[kind](), **settings)
+
+
 @pytest.mark.parametrize("kind", ROWS)
-def test_gradients(tmp_path, kind):
-    error = check_gradients(Maker(tmp_path, kind, ROWS[kind]()), tmp_path, token_mean=kind in ("sft", "transformers"))
-    print(kind, error)
+def test_gradients(make, tmp_path, kind):
+    print(kind, check_gradients(make(kind), tmp_path, token_mean=kind in SFT_KINDS))
+
+
+@pytest.mark.parametrize("kind", ["transformers", "sft", "dpo", "simpo"])
+def test_gradients_of_lora(make, tmp_path, kind):
+    # For SFT with TRL's default loss: a fused one in TRL ≥ 1.9, exact here, since the output embedding is frozen.
+    more = {"loss_type": None} if kind == "sft" and TRL_1 else {}
+    lora = {**LORA, "init_lora_weights": False}
+    check_gradients(make(kind, lora=lora, **more), tmp_path, token_mean=kind in SFT_KINDS)
+
+
+def test_gradients_with_an_additive_nll_term(make, tmp_path):
+    check_gradients(make("simpo", pair_rows(8, equal=True), cpo_alpha=0.7), tmp_path, token_mean=False)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", *(["bfd_split"] if TRL_1 else [])])
+def test_gradients_of_packed_sft(make, tmp_path, strategy):
+    check_packed_gradients(make("sft"), tmp_path, bins=2, **{**PACKING, "packing_strategy": strategy})
+
+
+def test_gradients_of_padding_free_sft(make, tmp_path):
+    check_gradients(make("sft", padding_free=True, max_length=None), tmp_path, token_mean=True)
+
+
+def test_gradients_of_kto(make, tmp_path):
+    def fields(batch):
+        if TRL_1:
+            keys = ("input_ids", "attention_mask", "completion_mask")
+            rows, kl = ([batch[prefix + key] for key in keys] for prefix in ("", "KL_"))
+        else:
+            rows, kl = (
+                (
+                    batch[prefix + "completion_input_ids"], batch[prefix + "completion_attention_mask"],
+                    batch[prefix + "completion_labels"] != -100,
+                )
+                for prefix in ("", "KL_")
+            )
+        return rows, kl, torch.as_tensor(batch["label"])
+
+    check_kto_gradients(make("kto", kto_rows(8)), tmp_path, fields)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "sft", "dpo"])
+def test_all_weights_one_is_the_hosts_own_run(make, tmp_path, kind):
+    check_all_weights_one(make(kind, sft_rows(12) if kind in SFT_KINDS else pair_rows(12)), tmp_path)
+
+
+def test_all_weights_one_is_the_hosts_own_packed_run(make, tmp_path):
+    check_all_weights_one(make("sft", sft_rows(40), **PACKING), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "sft", "dpo"])
+def test_micro_batch_one_with_accumulation_four_equals_micro_batch_four(make, tmp_path, kind):
+    rows = (sft_rows if kind in SFT_KINDS else pair_rows)(8, equal=True)
+    check_accumulation(make(kind, rows, optim="sgd", learning_rate=0.05, max_grad_norm=1e9), tmp_path)
+
+
+def sequences_of(row):
+    """The (chosen, rejected) sequences of a row in each trainer's own columns, and whether it is desirable."""
+    if "labels" in row:
+        return [(row["input_ids"], [label != -100 for label in row["labels"]])], True
+    if "completion_mask" in row:
+        return [(row["input_ids"], row["completion_mask"])], True
+    if "chosen_labels" in row:
+        sides = ("chosen", "rejected")
+        return [(row[f"{s}_input_ids"], [label != -100 for label in row[f"{s}_labels"]]) for s in sides], True
+    if "completion_labels" in row:
+        return [(row["completion_input_ids"], [label != -100 for label in row["completion_labels"]])], row["label"]
+    prompt = row.get("prompt_ids", row.get("prompt_input_ids"))
+    responses = [row[key] for key in ("chosen_ids", "rejected_ids", "chosen_input_ids", "rejected_input_ids", "completion_ids") if key in row]
+    return [(prompt + r, [False] * len(prompt) + [True] * len(r)) for r in responses], row.get("label", True)
+
+
+@pytest.mark.parametrize("kind", [*ROWS, "kto"])
+def test_scores(make, kind):
+    rows = kto_rows(8) if kind == "kto" else None
+    lora = {"lora": LORA, "learning_rate": 0.05} if kind in ("sft", "dpo") else {}
+    trainer = make(kind, rows, **lora)(ica={"k": 2}, micro_batch=4)
+    check_scores(trainer, sequences_of)
+    callback = callback_of(trainer)
+    assert callback.length_normalize == (kind in ("simpo", "orpo"))
+    assert {callback.holdout.examples[d].desirable for demos in callback._demonstrations for d in demos} == {True}
+
+
+def test_scores_and_weights_stay_with_their_rows(make):
+    """Reversed, shuffled, packed and without padding: each example keeps its own score and weight, by content."""
+    rows = sft_rows(12)
+    straight = check_weights_stay_with_rows(make("sft", rows)(ica={}))
+    others = [
+        check_weights_stay_with_rows(make("sft", rows[::-1])(ica={}, num_train_epochs=2)),
+        check_weights_stay_with_rows(make("sft", rows, **PACKING)(ica={})),
+        check_weights_stay_with_rows(make("sft", rows, padding_free=True, max_length=None)(ica={})),
+    ]
+    assert len(straight) == 12
+    for other in others:
+        assert other.keys() == straight.keys()
+        for content, (score, weight) in straight.items():
+            assert other[content] == (pytest.approx(score, abs=1e-3), pytest.approx(weight, rel=1e-3))
+
+
+@pytest.mark.parametrize("kind", ["transformers", "sft", "dpo", "simpo", "orpo", "kto"])
+def test_the_holdout_is_a_path_or_raw_or_tokenised_rows(make, tmp_path, kind):
+    maker = make(kind, kto_rows(8) if kind == "kto" else None)
+    raw = Dataset.from_list(maker.holdout)
+    path = tiny.write_jsonl(tmp_path / "holdout.jsonl", maker.holdout)
+    # A trainer's own preparation of the same rows is the reference.
+    maker.rows, rows = maker.holdout, maker.rows
+    prepared = maker(ica=None, micro_batch=4).train_dataset
+    maker.rows = rows
+    prepared.save_to_disk(tmp_path / "saved")
+
+    def shown(block, holdout):
+        trainer = maker(ica=None, micro_batch=4)
+        callback = attach(trainer, block, holdout=holdout)
+        trainer.train()
+        examples = callback.holdout.examples
+        return [[(s.tokens.tolist(), s.scored.tolist()) for s in example.sequences] for example in examples]
+
+    expected = shown({"k": 2}, prepared)
+    assert len(expected) == 6
+    assert shown({"k": 2}, str(tmp_path / "saved")) == expected
+    assert shown({"holdout": str(tmp_path / "saved"), "k": 2}, None) == expected
+    if kind == "transformers":  # a plain trainer holds no way to tokenise
+        with pytest.raises(ICAError, match="give the holdout tokenised"):
+            shown(None, raw)
+        return
+    for block, holdout in (({"k": 2}, raw), (None, str(path)), (None, path), (ICAConfig(holdout=str(path), k=1), None)):
+        assert shown(block, holdout) == expected
+
+
+def test_weights_are_an_array_or_a_file_or_a_column(make, tmp_path):
+    weights = [0.5 + i / 8 for i in range(8)]
+    path = write_weights(tmp_path / "w.parquet", weights)
+    maker = make("sft", [{**row, "quality": weight} for row, weight in zip(sft_rows(8), weights, strict=True)])
+    for block, given in (
+        (None, torch.tensor(weights, requires_grad=True)), (None, np.array(weights)), (None, weights), (None, path),
+        (None, "quality"), ({"weights": "quality"}, None), ({"weights": str(path)}, None),
+    ):
+        trainer = maker(ica=None, max_steps=1)
+        callback = attach(trainer, block, weights=given)
+        assert callback.weights.tolist() == weights
+        trainer.train()
+        assert (callback.files.folder / "run.json").is_file() and not (callback.files.folder / "scores.parquet").exists()
+
+
+def test_weights_of_packed_rows(make):
+    maker = make("sft", sft_rows(12), **PACKING)
+    bins = maker(ica=None).train_dataset["seq_lengths"]
+    assert sum(map(len, bins)) == 12 and len(bins) < 6
+    per_row = attach(maker(ica=None), weights=torch.arange(1.0, len(bins) + 1)).weights
+    assert per_row.tolist() == [float(i + 1) for i, lengths in enumerate(bins) for _ in lengths]
+    assert attach(maker(ica=None), weights=torch.arange(1.0, 13)).weights.tolist() == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    "kind,settings,arguments,message",
+    [
+        ("sft", {}, {}, "`holdout` is required"),
+        ("sft", {}, {"config": {"holdout": "a"}, "holdout": "b"}, "given twice"),
+        ("sft", {}, {"config": {"kk": 3}, "holdout": "b"}, "did you mean `k`"),
+        ("sft", {}, {"holdout": "nowhere.jsonl"}, "no such file"),
+        ("sft", {}, {"holdout": Dataset.from_list([])}, "no rows"),
+        ("sft", {}, {"holdout": Dataset.from_list([{"question": "red"}])}, "could not be prepared"),
+        ("sft", {}, {"weights": [1.0, 2.0]}, "one weight per row"),
+        ("sft", {}, {"weights": [1.0] * 7 + [float("nan")]}, "NaN"),
+        ("sft", {}, {"weights": "quality"}, "no such column"),
+        ("sft", {}, {"weights": "nowhere.csv"}, "no such file"),
+        ("sft", {"packing": True, "packing_strategy": "wrapped", "max_length": 64}, {"weights": [1.0] * 8}, "bfd"),
+        ("dpo", {"loss_type": "aot"}, {"weights": [1.0] * 8}, "`aot` couples the rows"),
+        ("dpo", {}, {"holdout": Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}])}, "holdout"),
+    ],
+)
+def test_wrong_calls_say_what_to_do(make, kind, settings, arguments, message):
+    with pytest.raises(ICAError, match=message):
+        attach(make(kind, **settings)(ica=None), **arguments)
+
+
+@pytest.mark.skipif(not TRL_1, reason="TRL 0.24 has no fused default loss")
+def test_the_fused_default_loss_of_a_trained_output_embedding_is_refused(make):
+    with pytest.raises(ICAError, match="loss_type='nll'"):
+        attach(make("sft", loss_type=None)(ica=None), weights=[1.0] * 8)
+
+
+def test_a_second_attach_is_refused(make):
+    trainer = make("sft")(ica={})
+    with pytest.raises(ICAError, match="attached to this trainer already"):
+        attach(trainer, weights=[1.0] * 8)

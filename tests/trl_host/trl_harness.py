@@ -27,8 +27,14 @@ def trl_class(name: str) -> type:
 
 
 def sft_rows(n: int, seed: int = 0, equal: bool = False) -> list[dict]:
+    """Prompt and completion as text: TRL 0.24 masks conversational prompts wrongly beside transformers 5."""
+    tokenizer = tiny.make_tokenizer()
     return [
-        {"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in tiny.sft_rows(n, seed, equal=equal)
+        {
+            "prompt": tokenizer.apply_chat_template(row["messages"][:1], tokenize=False, add_generation_prompt=True),
+            "completion": row["messages"][1]["content"],
+        }
+        for row in tiny.sft_rows(n, seed, equal=equal)
     ]
 
 
@@ -58,9 +64,8 @@ def tokenise(rows: list[dict]) -> Dataset:
     tokenizer = tiny.make_tokenizer()
 
     def one(row: dict) -> dict:
-        text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-        prompt = tokenizer(text)["input_ids"]
-        whole = tokenizer(tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False))["input_ids"]
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        whole = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
         return {"input_ids": whole, "attention_mask": [1] * len(whole), "labels": [-100] * len(prompt) + whole[len(prompt) :]}
 
     return Dataset.from_list([one(row) for row in rows])
