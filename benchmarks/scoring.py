@@ -33,7 +33,8 @@ from ica_plugin.holdout import check_holdout
 from ica_plugin.retrieval import retrieve
 from ica_plugin.scoring.engine import Engine
 from ica_plugin.scoring.ica import in_context
-from ica_plugin.scoring.memory import max_predictions
+from ica_plugin.scoring.memory import budget_for
+from ica_plugin.scoring.trees import grow
 
 K = 3
 BATCH = 16
@@ -125,16 +126,12 @@ def flatten(examples, demonstrations, holdout) -> list[Sequence]:
 class Trees:
     """The engine's forwards, one by one, so that they can be timed in turns with the reference's."""
 
-    def __init__(self, engine: Engine, sequences: list[Sequence], vocabulary: int):
+    def __init__(self, engine: Engine, sequences: list[Sequence]):
         self.engine, self.sequences = engine, sequences
         needed = np.array([int(s.scored.sum()) for s in sequences])
-        self.batches = engine.path.split(
-            [s.tokens for s in sequences], needed, engine.batch_tokens, max_predictions(vocabulary)
-        )
+        self.batches = engine.path.split([s.tokens for s in sequences], needed, engine.budget)
 
     def tokens(self, batch: list[int]) -> int:
-        from ica_plugin.scoring.trees import grow
-
         return len(grow([self.sequences[i].tokens for i in batch]).tokens)
 
     def run(self, batch: list[int]) -> dict[int, float]:
@@ -202,7 +199,6 @@ def task(name: str, engine: Engine, tokenizer, examples: list[Example], n: int, 
     train, held = examples[:n], examples[n:]
     holdout = check_holdout(name, held, train, None)
     variants = len(train[0].sequences)
-    model, vocabulary = engine._model, engine._base.config.vocab_size
 
     def demonstrations(**keys) -> list[list[int]]:
         config = ICAConfig(holdout="unused", k=K, retrieval=args.retrieval, **keys)
@@ -211,11 +207,11 @@ def task(name: str, engine: Engine, tokenizer, examples: list[Example], n: int, 
         )
 
     exact = demonstrations()
-    plain = Reference(model, train, exact, held, args.reference_batch or BATCH)
-    sides: dict[str, Reference | Trees] = {"reference": plain, "engine": Trees(engine, plain.sequences, vocabulary)}
+    plain = Reference(engine._model, train, exact, held, args.pair_batch if variants == 2 else BATCH)
+    sides: dict[str, Reference | Trees] = {"reference": plain, "engine": Trees(engine, plain.sequences)}
     if name == "alpaca" and args.groups:
         grouped = flatten(train, demonstrations(retrieval_groups=GROUPS), held)
-        sides["engine, groups"] = Trees(engine, grouped, vocabulary)
+        sides["engine, groups"] = Trees(engine, grouped)
     print(name, flush=True)
     stats, values = compare(sides, args.share, {"reference": 2 * variants}, args.seed)
     rows = sorted({index // (2 * variants) for index in values["reference"]})
@@ -275,7 +271,8 @@ def memory_and_training(engine: Engine, examples: list[Example], n: int, args) -
     order = sorted(range(len(train)), key=lambda i: -train[i].longest)[: args.micro_batch]
     sample = order + list(range(0, len(train), max(1, len(train) // 12)))
     sequences = flatten([train[i] for i in sample], [chosen[i] for i in sample], held)
-    engine.path.split([s.tokens for s in sequences], np.ones(len(sequences), int), 512, 512)
+    engine.budget = budget_for(engine._base.config, engine._device, args.micro_batch * max(row.longest for row in train))
+    engine.logprobs(sequences[:2])
     with Peak() as scoring:
         engine.logprobs(sequences)
     model = engine._model
@@ -299,7 +296,7 @@ def memory_and_training(engine: Engine, examples: list[Example], n: int, args) -
             seconds += time.perf_counter() - begin
             tokens += ids.numel()
     return {
-        "scoring_peak": scoring.bytes, "training_peak": training.bytes, "batch_tokens": engine.batch_tokens,
+        "scoring_peak": scoring.bytes, "training_peak": training.bytes, "batch_tokens": engine.budget.tokens,
         "training_seconds_per_token": seconds / tokens,
         "epoch_tokens": sum(len(s.tokens) for row in train for s in row.sequences),
     }
@@ -416,7 +413,7 @@ def main() -> None:
     parser.add_argument("--groups", action="store_true", help="measure retrieval_groups on Alpaca too")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens after which a row is cut")
     parser.add_argument("--micro-batch", type=int, default=4, help="rows per training step of the memory comparison")
-    parser.add_argument("--reference-batch", type=int, help=f"rows per reference batch (default {BATCH})")
+    parser.add_argument("--pair-batch", type=int, default=BATCH, help="pairs per reference batch, where full logits of 16 do not fit")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", help="of the files in docs/benchmarks; default: the machine")

@@ -24,6 +24,7 @@ from .retrieval import report_fewer, retrieve
 from .row_ids import ROW_IDS
 from .scoring.engine import Engine
 from .scoring.ica import ica_scores
+from .scoring.memory import budget_for
 from .weighting import Weights, weights_from_scores
 
 
@@ -246,8 +247,13 @@ class ICACallback(TrainerCallback):
 
     def _get_engine(self) -> Engine:
         if self._engine is None:
+            args, model = self.trainer.args, self.trainer.model
+            largest = max(sum(len(sequence.tokens) for sequence in row.sequences) for row in self.train)
             self._engine = Engine(
-                self.trainer.model, device=self.trainer.args.device, autocast=self.trainer.accelerator.autocast
+                model,
+                device=args.device,
+                autocast=self.trainer.accelerator.autocast,
+                budget=budget_for(model.config, args.device, args.per_device_train_batch_size * largest),
             )
         return self._engine
 

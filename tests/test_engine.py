@@ -20,6 +20,7 @@ from ica_plugin.scoring import packed
 from ica_plugin.scoring.engine import Engine
 from ica_plugin.scoring.ica import ica_scores, in_context
 from ica_plugin.scoring.logits import label_logprobs
+from ica_plugin.scoring.memory import MAX_TOKENS, Budget, budget_for
 from ica_plugin.scoring.packed import PackedPath
 from ica_plugin.scoring.padded import PaddedPath
 from ica_plugin.scoring.trees import common_prefix, grow, split_into_trees
@@ -84,7 +85,7 @@ def engine_with(model, path: str, **settings) -> Engine:
 def test_paths_agree_with_one_row_at_a_time(path, batch_tokens):
     model = make_model().eval()
     sequences = rows()
-    values = engine_with(model, path, batch_tokens=batch_tokens).logprobs(sequences)
+    values = engine_with(model, path, budget=Budget(batch_tokens, batch_tokens)).logprobs(sequences)
     np.testing.assert_allclose(values, one_at_a_time(model, sequences), atol=2e-4)
 
 
@@ -119,7 +120,7 @@ def test_full_attention_models_are_packed_and_right(family, settings):
 )
 def test_other_models_take_the_padded_path_and_are_right(family, settings, reason, caplog):
     model = make(family, **settings)
-    engine = Engine(model, device=CPU, batch_tokens=300)
+    engine = Engine(model, device=CPU, budget=Budget(300, 300))
     sequences = rows(10)
     with listening(caplog):
         values = engine.logprobs(sequences)
@@ -229,7 +230,7 @@ def test_scores_by_both_paths_are_the_formula(kind, length_normalize):
 def test_scores_do_not_depend_on_order_or_other_rows(monkeypatch):
     model = make_model().eval()
     examples, demonstrations, holdout = examples_and_demonstrations("sft", 20)
-    engine = Engine(model, device=CPU, batch_tokens=200)
+    engine = Engine(model, device=CPU, budget=Budget(200, 200))
 
     def score(index):
         chosen = [examples[i] for i in index], [demonstrations[i] for i in index]
@@ -247,7 +248,7 @@ def test_scores_do_not_depend_on_order_or_other_rows(monkeypatch):
 def test_embeddings(path):
     model = make_model().eval()
     prompts = [s.tokens for s in rows(6)]
-    found = engine_with(model, path, batch_tokens=60).embeddings(prompts)
+    found = engine_with(model, path, budget=Budget(60, 60)).embeddings(prompts)
     for prompt, vector in zip(prompts, found, strict=True):
         with torch.no_grad():
             hidden = model.get_decoder()(input_ids=torch.from_numpy(prompt)[None]).last_hidden_state[0].double().numpy()
@@ -394,9 +395,9 @@ def test_out_of_memory_halves_and_goes_on(path, monkeypatch, caplog):
     np.testing.assert_allclose(values, one_at_a_time(model, sequences), atol=2e-4)
     assert sum(done) == len(sequences)
     assert "out of memory while scoring" in caplog.text
-    again = engine.batch_tokens
+    again = engine.budget
     engine.logprobs(sequences)
-    assert engine.batch_tokens == again < 4096
+    assert engine.budget == again and again.tokens < 4096
 
 
 def test_one_row_too_large_says_what_to_do(monkeypatch):
@@ -409,6 +410,22 @@ def test_one_row_too_large_says_what_to_do(monkeypatch):
     monkeypatch.setattr(engine.path, "token_logprobs", never)
     with pytest.raises(ICAError, match="Lower `ica.k`"):
         engine.logprobs(rows(3))
+
+
+def test_budget_follows_the_training_batch():
+    config = make_model().config
+    small, large = (budget_for(config, CPU, tokens) for tokens in (64, 256))
+    assert 0 < small.tokens < large.tokens and 0 < small.predictions < large.predictions
+    assert budget_for(config, CPU, 10**9).tokens == MAX_TOKENS
+
+
+def test_budget_on_a_gpu_stays_under_free_memory(monkeypatch):
+    config = make_model().config
+    for name, value in dict(mem_get_info=(2**20, 2**30), memory_reserved=0, memory_allocated=0).items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    budget = budget_for(config, torch.device("cuda"), 10**6)
+    layer, size = 6 * config.hidden_size + 3 * config.intermediate_size, 4
+    assert size * (budget.tokens * layer + budget.predictions * config.vocab_size) <= 2**19
 
 
 # Training notices nothing.

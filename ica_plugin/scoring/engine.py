@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import ICAError
 from ..examples import Sequence
 from ..log import get_logger
-from .memory import max_predictions
+from .memory import Budget, budget_for
 from .packed import PackedPath, why_not_packed
 from .padded import PaddedPath
 
@@ -35,7 +35,7 @@ class Engine:
         model: the policy, without distributed wrappers (PEFT is fine).
         device: where inputs go.
         autocast: makes the context of the trainer's own precision.
-        batch_tokens: tokens per forward; halved whenever memory runs out.
+        budget: bounds of one forward, halved whenever memory runs out; default: of a training step on 4,096 tokens.
 
     Raises:
         ICAError: prompt tuning, whose virtual tokens stand before every row.
@@ -47,7 +47,7 @@ class Engine:
         *,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-        batch_tokens: int = 4096,
+        budget: Budget | None = None,
     ):
         adapter = getattr(model, "active_peft_config", None)
         if getattr(adapter, "is_prompt_learning", False):
@@ -56,7 +56,7 @@ class Engine:
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._device = torch.device(device)
         self._autocast = autocast
-        self.batch_tokens = batch_tokens
+        self.budget = budget or budget_for(self._base.config, self._device, 4096)
         self._chosen: Path | None = None
 
     @property
@@ -70,7 +70,9 @@ class Engine:
                 if isinstance(self._chosen, PaddedPath)
                 else f"packed trees ({'dense mask' if self._chosen.attention == 'dense' else 'attention by segments'}, SDPA)"
             )
-            get_logger().info("scoring path: %s%s.", name, f", since {why}" if why else "")
+            get_logger().info(
+                "scoring path: %s, at most %d tokens per forward%s.", name, self.budget.tokens, f", since {why}" if why else ""
+            )
         return self._chosen
 
     def logprobs(self, sequences: list[Sequence], progress: Progress = lambda done: None) -> np.ndarray:
@@ -120,10 +122,8 @@ class Engine:
     def _in_batches(
         self, sequences: list[np.ndarray], predictions: np.ndarray, work: Callable[[list[int]], None], progress: Progress
     ) -> None:
-        limit = max_predictions(self._base.config.get_text_config().vocab_size)
-
         def plan(index: list[int]) -> deque[list[int]]:
-            batches = self.path.split([sequences[i] for i in index], predictions[index], self.batch_tokens, limit)
+            batches = self.path.split([sequences[i] for i in index], predictions[index], self.budget)
             return deque([index[i] for i in batch] for batch in batches)
 
         batches = plan(list(range(len(sequences))))
@@ -147,9 +147,9 @@ class Engine:
                 f"out of memory while scoring a single row of {lengths[0]} tokens with its demonstrations. Lower `ica.k`, "
                 "use shorter holdout rows, or shorten the run's sequence length."
             )
-        self.batch_tokens = max(1, min(self.batch_tokens, sum(lengths)) // 2)
+        self.budget = self.budget.halved(sum(lengths))
         torch.cuda.empty_cache()
-        get_logger().warning("out of memory while scoring; at most %d tokens per forward from here on.", self.batch_tokens)
+        get_logger().warning("out of memory while scoring; at most %d tokens per forward from here on.", self.budget.tokens)
 
     def _choose(self) -> tuple[Path, str | None]:
         padded = PaddedPath(self._model, self._base, self._device)

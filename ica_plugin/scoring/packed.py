@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 
 from ..examples import Sequence
 from .logits import label_logprobs
+from .memory import Budget
 from .trees import Tree, grow, split_into_trees
 
 Attention = Literal["segments", "dense"]
@@ -49,10 +50,10 @@ class PackedPath:
         self._configs = _attention_configs(model)
         self._width = base.config.get_text_config().hidden_size
 
-    def split(self, sequences: list[np.ndarray], predictions: np.ndarray, max_tokens: int, max_predictions: int) -> list[list[int]]:
+    def split(self, sequences: list[np.ndarray], predictions: np.ndarray, budget: Budget) -> list[list[int]]:
         """Divide sequences into trees: see `split_into_trees`."""
         return split_into_trees(
-            sequences, predictions, cost=self._cost, max_tokens=max_tokens, max_predictions=max_predictions
+            sequences, predictions, cost=self._cost, max_tokens=budget.tokens, max_predictions=budget.predictions
         )
 
     def _cost(self, tokens: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..examples import Sequence
 from .logits import label_logprobs
+from .memory import Budget
 
 
 class PaddedPath:
@@ -27,18 +28,18 @@ class PaddedPath:
         self._device = device
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
 
-    def split(self, sequences: list[np.ndarray], predictions: np.ndarray, max_tokens: int, max_predictions: int) -> list[list[int]]:
-        """Indices sorted by length, longest first, in batches of at most `max_tokens` padded tokens.
+    def split(self, sequences: list[np.ndarray], predictions: np.ndarray, budget: Budget) -> list[list[int]]:
+        """Indices sorted by length, longest first, in batches of at most `budget.tokens` padded tokens.
 
         A batch computes logits at the same positions of all of its rows, at most those from the first scored one on;
-        `max_predictions` bounds the sum of the rows' own, which is close to it for rows of one length.
+        `budget.predictions` bounds the sum of the rows' own, which is close to it for rows of one length.
         """
         batches: list[list[int]] = []
         positions = 0
         for index in sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i)):
             positions += int(predictions[index])
-            full = not batches or (len(batches[-1]) + 1) * len(sequences[batches[-1][0]]) > max_tokens
-            if full or positions > max_predictions:
+            full = not batches or (len(batches[-1]) + 1) * len(sequences[batches[-1][0]]) > budget.tokens
+            if full or positions > budget.predictions:
                 batches.append([])
                 positions = int(predictions[index])
             batches[-1].append(index)
