@@ -117,7 +117,8 @@ class ICACallback(TrainerCallback):
             self._due = False
             self._last_refresh_step = self.trainer.state.global_step
             if self._by_window:
-                self._draw_ahead(batches, self._interval * micro_batches)
+                steps = min(self._interval, self.trainer.state.max_steps - self.trainer.state.global_step)
+                self._draw_ahead(batches, steps * micro_batches)
                 self.refresh(sorted({row for batch, _ in self._ahead for row in batch[ROW_IDS].unique().tolist() if row >= 0}), shared=False)
             else:
                 self.refresh(list(range(len(self.train))), shared=True)

@@ -22,3 +22,9 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny.make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_for_4_bit(tmp_path_factory) -> Path:
+    """The same with layers wide enough for bitsandbytes' blocks of 64."""
+    return tiny.save_model(tmp_path_factory.mktemp("model4"), hidden_size=128, intermediate_size=256)

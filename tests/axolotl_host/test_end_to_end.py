@@ -75,10 +75,10 @@ def test_train(tmp_path, tiny_model, kind, settings):
     check_outputs(config, train(config), len(rows), refreshes=2, by_token=kind == "sft")
 
 
-def test_qlora_in_4_bit(tmp_path, tiny_model):
+def test_qlora_in_4_bit(tmp_path, model_for_4_bit):
     rows = tiny.sft_rows(16, turns=2)
     config = write_config(
-        tmp_path, tiny_model, "sft", rows, tiny.sft_rows(6, seed=9), {}, adapter="qlora", load_in_4bit=True, lora_r=4,
+        tmp_path, model_for_4_bit, "sft", rows, tiny.sft_rows(6, seed=9), {}, adapter="qlora", load_in_4bit=True, lora_r=4,
         lora_alpha=8, lora_target_modules=["q_proj", "v_proj", "down_proj"], micro_batch_size=1, gradient_checkpointing=True,
     )
     check_outputs(config, train(config), len(rows), refreshes=1, by_token=True)
@@ -109,13 +109,13 @@ EXAMPLE_ROWS = {"sft": tiny.sft_rows, "dpo": tiny.pair_rows, "simpo": tiny.pair_
 
 
 @pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.yml")))
-def test_example_configs(tmp_path, tiny_model, example):
+def test_example_configs(tmp_path, model_for_4_bit, example):
     """Every example as it stands, with a tiny model, small data, and what a CPU lacks switched off."""
     config = yaml.safe_load((EXAMPLES / example).read_text())
     make = EXAMPLE_ROWS[config.get("rl", "sft")]
     tiny.write_jsonl(tmp_path / "train.jsonl", make(24))
     tiny.write_jsonl(tmp_path / "holdout.jsonl", make(6, seed=5))
-    config["base_model"] = str(tiny_model)
+    config["base_model"] = str(model_for_4_bit)
     config["datasets"][0]["path"] = str(tmp_path / "train.jsonl")
     config["datasets"][0].pop("split", None)
     holdout = config["ica"]["holdout"]
