@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import yaml
 
 SFT = {"type": "chat_template", "field_messages": "messages"}
@@ -66,6 +67,7 @@ def build(path: Path):
     axolotl.utils.data.sft.save_preprocessed_dataset = lambda *args: None
     axolotl.utils.data.rl.save_preprocessed_dataset = lambda *args: None
     cfg = load_config(path)
+    torch.manual_seed(0)  # Axolotl does not seed a new adapter
     meta = load_preference_datasets(cfg=cfg) if cfg.rl else load_datasets(cfg=cfg)
     return setup_model_and_trainer(cfg, meta)[0]
 
@@ -91,8 +93,8 @@ class Maker:
 
 @pytest.fixture
 def maker(tmp_path, tiny_model):
-    def make(kind: str, rows: list[dict], holdout: list[dict] | None = None, **settings) -> Maker:
+    def make(kind: str, rows: list[dict], holdout: list[dict] | None = None, model: Path = tiny_model, **settings) -> Maker:
         default = {"sft": tiny.sft_rows, "kto": tiny.kto_rows, "orpo": tiny.argilla_rows}.get(kind, tiny.pair_rows)
-        return Maker(tmp_path, tiny_model, kind, rows, holdout or default(6, seed=99), **settings)
+        return Maker(tmp_path, model, kind, rows, holdout or default(6, seed=99), **settings)
 
     return make

@@ -93,6 +93,12 @@ def test_all_weights_one_is_the_hosts_own_run(maker, tmp_path, kind):
     check_all_weights_one(maker(kind, rows), tmp_path)
 
 
+def test_all_weights_one_in_4_bit(maker, model_for_4_bit, tmp_path):
+    """Scoring must not touch the quantised weights: bitsandbytes would repack them for good at an inference forward."""
+    rows = tiny.sft_rows(12, turns=2)
+    check_all_weights_one(maker("sft", rows, model=model_for_4_bit, **{**LORA, "adapter": "qlora"}, load_in_4bit=True), tmp_path)
+
+
 def test_scores_of_multi_turn_sft_with_trained_lora(maker):
     trainer = maker("sft", tiny.sft_rows(8, turns=2), **{**LORA, "learning_rate": 0.05})(ica={"k": 2})
     scores = check_scores(trainer, lambda row: ([(row["input_ids"], [label != -100 for label in row["labels"]])], True))
