@@ -19,13 +19,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+import torch
+import yaml
+from transformers import AutoConfig, Trainer
 
 from ..callback import ICACallback
 from ..config import ICAConfig, parse_config
 from ..errors import ICAError
 from ..examples import Example, read_examples
+from ..holdout import check_holdout
 from ..versions import warn_if_untested
+from ..weights_file import read_weights
 from .trainer import attach_examples
 
 MODULE = "ica_plugin.hosts.llamafactory"
@@ -206,21 +210,37 @@ def attach(trainer: Trainer, config: ICAConfig) -> ICACallback:
 
 
 def _read_holdout(trainer: Trainer, config: ICAConfig, run: Any) -> tuple[str, list[Example]]:
-    """The holdout through LLaMA-Factory's own loader, template and collator.
+    """The holdout through LLaMA-Factory's own loader, template and collator; `run` holds the run's arguments."""
+    collator = trainer.data_collator
+    name, rows = load_holdout(
+        config, run.model_args, run.data_args, trainer.args, STAGES[run.finetuning_args.stage], collator.template,
+        {"tokenizer": trainer.processing_class, "processor": collator.processor},
+    )
+    return name, _not_too_long(name, read_examples(rows, collator), run.data_args.cutoff_len)
+
+
+def load_holdout(
+    config: ICAConfig, model_args: Any, data_args: Any, training_args: Any, stage: str, template: Any, tokenizer: dict[str, Any]
+) -> tuple[str, Any]:
+    """Read the holdout through LLaMA-Factory's own loader and template.
 
     Args:
-        trainer: LLaMA-Factory's.
         config: the block.
-        run: its `model_args`, `data_args` and `finetuning_args` are the run's.
+        model_args, data_args, training_args: the run's.
+        stage: as LLaMA-Factory's loader names it.
+        template: the run's.
+        tokenizer: `tokenizer` and `processor`, as `load_tokenizer` returns them.
+
+    Returns:
+        (name for messages, tokenised rows, never cut or packed).
 
     Raises:
         ICAError: the holdout cannot be read as the run's data is.
     """
     from llamafactory.data import get_dataset
 
-    collator, limit = trainer.data_collator, run.data_args.cutoff_len
-    name, entry = holdout_entry(run.data_args, config.holdout)
-    data_args = copy.copy(run.data_args)
+    name, entry = holdout_entry(data_args, config.holdout)
+    data_args = copy.copy(data_args)
     settings = {
         "dataset": [name], "eval_dataset": None, "val_size": 0.0, "max_samples": None, "packing": False, "neat_packing": False,
         "tokenized_path": None, "streaming": False, "mix_strategy": "concat", "cutoff_len": NO_LIMIT,
@@ -233,23 +253,22 @@ def _read_holdout(trainer: Trainer, config: ICAConfig, run: Any) -> tuple[str, l
             data_args.dataset_dir = folder
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the loader prints its first row as a "training example"
-                rows = get_dataset(
-                    collator.template, run.model_args, data_args, trainer.args, stage=STAGES[run.finetuning_args.stage],
-                    tokenizer=trainer.processing_class, processor=collator.processor,
-                )["train_dataset"]
+                return name, get_dataset(template, model_args, data_args, training_args, stage=stage, **tokenizer)["train_dataset"]
         except Exception as error:
             raise ICAError(
                 f"ica.holdout: {name}: LLaMA-Factory cannot read it as the run's data: {type(error).__name__}: {error}. Give rows in "
                 "the format of the run's first dataset, or a name or an entry as in dataset_info.json."
             ) from error
-    examples = read_examples(rows, collator)
+
+
+def _not_too_long(name: str, examples: list[Example], limit: int) -> list[Example]:
     too_long = [row for row, example in enumerate(examples) if example.longest > limit]
     if too_long:
         raise ICAError(
             f"ica.holdout: {name}: {len(too_long)} row(s) are longer than cutoff_len ({limit}), first row {too_long[0]} with "
             f"{examples[too_long[0]].longest} tokens. Shorten or remove them, or raise cutoff_len."
         )
-    return name, examples
+    return examples
 
 
 def holdout_entry(data_args: Any, holdout: str | dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
@@ -291,6 +310,57 @@ def _dataset_info(dataset_dir: str | dict[str, Any]) -> dict[str, Any]:
         return dataset_dir
     path = Path(dataset_dir) / "dataset_info.json"
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def validate(path: Path) -> dict[str, Any]:
+    """Check a config, its train rows and its holdout without loading the model.
+
+    Returns:
+        what was found, by name.
+
+    Raises:
+        ICAError: what is wrong.
+    """
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    warn_if_untested("llamafactory")
+    args = yaml.safe_load(path.read_text())
+    config = parse_config(args.pop("ica", None))
+    refuse_unsupported(args, config)
+    try:
+        model_args, data_args, training_args, finetuning_args, _ = get_train_args(args)
+        tokenizer = load_tokenizer(model_args)
+        template = get_template_and_fix_tokenizer(tokenizer["tokenizer"], data_args)
+        stage = STAGES[finetuning_args.stage]
+        with contextlib.redirect_stdout(io.StringIO()):
+            train = get_dataset(template, model_args, data_args, training_args, stage=stage, **tokenizer)["train_dataset"]
+    except Exception as error:  # its own checks raise many types
+        raise ICAError(f"LLaMA-Factory refuses the config or its data: {type(error).__name__}: {error}") from error
+    found: dict[str, Any] = {"rows": len(train)}
+    if config.weights is not None:
+        weights = read_weights(config.weights, len(train))
+        return {**found, "weights": f"{config.weights}, mean {sum(weights) / len(weights):.3g}"}
+    source, rows = load_holdout(config, model_args, data_args, training_args, stage, template, tokenizer)
+    context = AutoConfig.from_pretrained(
+        model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+    ).get_text_config()
+    holdout = check_holdout(
+        source, _not_too_long(source, read_examples(rows, _one_row), data_args.cutoff_len), read_examples(train, _one_row),
+        getattr(context, "max_position_embeddings", None),
+    )
+    return {
+        **found,
+        "holdout rows": f"{len(rows)} ({source})",
+        "usable as demonstrations": len(holdout.shown),
+        "train rows that are also in the holdout": holdout.rows_in_train,
+        "block": config.model_dump(exclude_none=True),
+    }
+
+
+def _one_row(features: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: torch.tensor([value]) for key, value in features[0].items() if value is not None}
 
 
 if __name__ == "__main__":

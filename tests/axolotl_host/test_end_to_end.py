@@ -116,6 +116,8 @@ def test_example_configs(tmp_path, model_for_4_bit, example):
     tiny.write_jsonl(tmp_path / "train.jsonl", make(24))
     tiny.write_jsonl(tmp_path / "holdout.jsonl", make(6, seed=5))
     config["base_model"] = str(model_for_4_bit)
+    if "special_tokens" in config:  # they are the real model's
+        config["special_tokens"] = {"pad_token": "<|endoftext|>"}
     config["datasets"][0]["path"] = str(tmp_path / "train.jsonl")
     config["datasets"][0].pop("split", None)
     holdout = config["ica"]["holdout"]

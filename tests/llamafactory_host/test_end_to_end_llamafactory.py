@@ -114,3 +114,14 @@ def test_a_wrong_block_ends_with_one_line(tmp_path, tiny_model):
     config = write_config(tmp_path, tiny_model, "sft", tiny.sft_rows(4), {"holdout": "good", "kk": 3})
     done = command("ica-llamafactory", "train", str(config), check=False)
     assert done.returncode != 0 and "did you mean `k`" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["sft", "simpo", "kto"])
+def test_validate(tmp_path, tiny_model, kind):
+    rows = ROWS.get(kind, tiny.pair_rows)(8)
+    config = write_config(tmp_path, tiny_model, kind, rows, {"holdout": "good"})
+    done = command("ica-plugin", "validate", str(config), COLUMNS="150")
+    assert "ready to train" in done.stdout and "6 (good)" in done.stdout
+    config.write_text(config.read_text().replace("holdout: good", "holdout: god"))
+    done = command("ica-plugin", "validate", str(config), check=False)
+    assert done.returncode == 1 and "Did you mean `good`" in done.stderr and "Traceback" not in done.stderr
