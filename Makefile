@@ -51,7 +51,7 @@ test-axolotl-next:
 	@echo "No Python 3.12 was found (looked for python3.12 and pyenv's), so the tests on Axolotl 0.21 did NOT run. Set PYTHON312=<path> to run them."
 else
 test-axolotl-next: .venv-axolotl-next/.done
-	.venv-axolotl-next/bin/python -m pytest tests/axolotl_host/test_end_to_end.py tests/axolotl_host/test_trainers.py
+	.venv-axolotl-next/bin/python -m pytest tests/axolotl_host/test_end_to_end.py tests/axolotl_host/test_trainers.py tests/trl_host
 endif
 
 docs: .venv/.done

@@ -191,7 +191,7 @@ def draw_weights(kinds: Sequence[KindWeights], path: Path) -> None:
         heights = position + 0.4 * (torch.rand(len(kind.weights), generator=jitter) - 0.5)
         axes.scatter(kind.weights, heights, s=20, alpha=0.7, linewidths=0, color=COLOURS[GROUPS[kind.kind]])
     axes.axvline(1, color="black", linestyle=":", linewidth=1)
-    axes.annotate("without ICA: 1", (1, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points")
+    axes.annotate("without ICA: 1", (1, 0), xycoords=("data", "axes fraction"), xytext=(4, 4), textcoords="offset points")
     axes.set_yticks(range(len(kinds)), [f"{kind.kind} ({len(kind.weights)} rows)" for kind in kinds])
     axes.invert_yaxis()
     axes.set_xlim(left=0)
