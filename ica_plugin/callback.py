@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
+from .checkpoint import State, differences, fingerprint, load_state, save_state
 from .config import ICAConfig
 from .errors import ICAError
 from .examples import Example
@@ -56,9 +58,11 @@ class ICACallback(TrainerCallback):
         self.holdout = holdout
         self.length_normalize = length_normalize
         self.weights = torch.full((len(train),), torch.nan)
+        self.scores = torch.full((len(train),), torch.nan, dtype=torch.float64)
         self.tokens = np.array([row.supervised_tokens if row.can_be_scored else 0 for row in train])
         self.files = RunFiles(trainer.args.output_dir)
         self.scores_itself = given is None
+        self._given = given
         self.refreshes = 0
         self.scored_rows = 0
         self.scoring_seconds = 0.0
@@ -68,6 +72,11 @@ class ICACallback(TrainerCallback):
         self._started = 0.0
         self._due = False
         self._last_refresh_step = 0
+        self._interval: int | None = None
+        self._mid_epoch = False
+        self._resumed: State | None = None
+        self._trained_before = 0.0
+        self._scored_here = 0.0
         self._ahead: deque = deque()
         if given is not None:
             self.weights = torch.from_numpy(given).float()
@@ -78,15 +87,23 @@ class ICACallback(TrainerCallback):
         if self._injection is not None:  # the trainer starts over, as after auto_find_batch_size
             self._injection.remove()
         self._injection = GradientInjection(self.trainer.model)
-        self._started = time.monotonic()
+        self._started, self._scored_here = time.monotonic(), 0.0
         self._due = self.scores_itself
         self._interval = self.config.interval_steps(state.max_steps)
+        self._mid_epoch = False
+        if self._resumed is not None:
+            # A checkpoint at an epoch's end goes on with the next one, and so does a run that skips no data.
+            self._mid_epoch = state.epoch % 1 > 0 and not args.ignore_data_skip
+            self._continue(self._resumed)
+            self._resumed = None
         if not self.scores_itself:
             self._report_given()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self._ahead.clear()
-        if self.config.refresh_interval == "epoch" or self._by_window:
+        if self._mid_epoch:
+            self._mid_epoch = False
+        elif self.config.refresh_interval == "epoch" or self._by_window:
             self._due = self.scores_itself
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -178,8 +195,10 @@ class ICACallback(TrainerCallback):
             columns["score"], self.config, tokens=self.tokens[index], by_token=self.train[0].kind == "sft", neutral=neutral
         )
         self.weights[torch.from_numpy(index)] = torch.from_numpy(weights.values).float()
+        self.scores[torch.from_numpy(index)] = torch.from_numpy(columns["score"])
         seconds = time.monotonic() - begin
         self.scoring_seconds += seconds
+        self._scored_here += seconds
         self.scored_rows += len(index)
         self._report(columns, weights, seconds)
         if accelerator.is_main_process:
@@ -258,6 +277,74 @@ class ICACallback(TrainerCallback):
             )
         return self._engine
 
+    # What a checkpoint keeps.
+
+    def save_state(self, folder: str) -> None:
+        """Write what a resumed run needs into a checkpoint's folder; the plugin draws no random numbers of its own."""
+        if not self.trainer.args.should_save:
+            return
+        tensors = {"weights": self.weights, "scores": self.scores}
+        if self._demonstrations is not None:
+            shown = torch.full((len(self.train), max([1, *map(len, self._demonstrations)])), -1, dtype=torch.int32)
+            for row, demos in enumerate(self._demonstrations):
+                shown[row, : len(demos)] = torch.tensor(demos, dtype=torch.int32)
+            tensors["demonstrations"] = shown
+        record = {
+            "step": self.trainer.state.global_step,
+            "refreshes": self.refreshes,
+            "scored_rows": self.scored_rows,
+            "scoring_seconds": self.scoring_seconds,
+            "training_seconds": self._training_seconds(),
+            "due": self._due,
+            "last_refresh_step": self._last_refresh_step,
+            "fingerprint": self._fingerprint,
+        }
+        save_state(folder, State(tensors, record))
+
+    def load_state(self, folder: str) -> None:
+        """Take over the state of the checkpoint that the trainer resumes from; collective over all ranks.
+
+        Raises:
+            ICAError: the state belongs to another run (with `on_resume_mismatch: error`), or is damaged.
+        """
+        main = self.trainer.accelerator.is_main_process
+        state = self._on_all_ranks(lambda: load_state(folder) if main else None)[0]
+        if state is None:
+            get_logger().warning("%s has no ICA state, so all rows are scored again with the policy as it is there.", folder)
+            return
+        changed = differences(state.record["fingerprint"], self._fingerprint)
+        if changed and self.config.on_resume_mismatch == "error":
+            raise ICAError(
+                f"{folder} was written by another run; what differs: {', '.join(changed)}. Undo the change, start without "
+                "resuming, or set `on_resume_mismatch: rescore` to go on and score all rows again."
+            )
+        if changed:
+            get_logger().warning("%s differs in %s; all rows are scored again.", folder, ", ".join(changed))
+            return
+        self._resumed = state
+
+    def _continue(self, state: State) -> None:
+        record = state.record
+        self.weights, self.scores = state.tensors["weights"].clone(), state.tensors["scores"].clone()
+        if "demonstrations" in state.tensors:
+            self._demonstrations = [[demo for demo in row if demo >= 0] for row in state.tensors["demonstrations"].tolist()]
+        self.refreshes, self.scored_rows = record["refreshes"], record["scored_rows"]
+        self.scoring_seconds, self._trained_before = record["scoring_seconds"], record["training_seconds"]
+        self._last_refresh_step = record["last_refresh_step"]
+        self._due = record["due"]
+        if self.trainer.accelerator.is_main_process and self.scores_itself:
+            self.files.keep_scores(self.refreshes)
+        get_logger().info("resumed at step %d with the weights of %d refresh(es).", record["step"], self.refreshes)
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        holdout = self.holdout.examples if self.holdout else []
+        return fingerprint(self.config, self.train, holdout, self._given, self.trainer.model)
+
+    def _training_seconds(self) -> float:
+        """Seconds of this run so far without scoring, those before a resume included."""
+        return self._trained_before + max(time.monotonic() - self._started - self._scored_here, 0.0)
+
     # Which weight a batch gets.
 
     def training_weights(self, rows: torch.Tensor) -> torch.Tensor:
@@ -292,7 +379,7 @@ class ICACallback(TrainerCallback):
         finite = columns["score"][np.isfinite(columns["score"])]
         mean, spread = (float(finite.mean()), float(finite.std())) if len(finite) else (0.0, 0.0)
         share_clipped = float(weights.clipped.mean())
-        trained = max(time.monotonic() - self._started - self.scoring_seconds, 1e-9)
+        trained = max(self._training_seconds(), 1e-9)
         get_logger().info(
             "refresh %d at step %d: %d rows scored in %.1f s; score %.2f ± %.2f nats; weights %.3g to %.3g, effective "
             "sample size %.0f %%, %.1f %% of rows at max_weight.",
@@ -329,7 +416,6 @@ class ICACallback(TrainerCallback):
     def _write_run(self) -> None:
         if not self.trainer.accelerator.is_main_process:
             return
-        elapsed = time.monotonic() - self._started
         self.files.write_run(
             {
                 "config": self.config.model_dump(mode="json"),
@@ -342,7 +428,7 @@ class ICACallback(TrainerCallback):
                 "refreshes": self.refreshes,
                 "steps": self.trainer.state.global_step,
                 "scoring_seconds": round(self.scoring_seconds, 3),
-                "training_seconds": round(max(elapsed - self.scoring_seconds, 0.0), 3),
+                "training_seconds": round(self._training_seconds(), 3),
             }
         )
 

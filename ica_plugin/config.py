@@ -52,6 +52,9 @@ class ICAConfig(BaseModel):
         None, description="A parquet, csv or jsonl of row → weight, or a column of the dataset: train with these, never score."
     )
     max_weight: float = Field(10.0, gt=1, allow_inf_nan=False, description="No softmax weight is above this.")
+    on_resume_mismatch: Literal["error", "rescore"] = Field(
+        "error", description="A checkpoint whose data, holdout, model or block differs: stop, or score all rows again."
+    )
     seed: int = Field(42, ge=0, description="Of random retrieval.")
 
     @model_validator(mode="before")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .log import get_logger
@@ -43,6 +44,17 @@ class RunFiles:
         self._tables.append(pa.Table.from_arrays(arrays, schema=SCHEMA))
         table = pa.concat_tables(self._tables)
         self._write("scores.parquet", lambda path: pq.write_table(table, path))
+
+    def keep_scores(self, refreshes: int) -> None:
+        """Take over what scores.parquet holds of the first `refreshes` refreshes: a resumed run goes on from there."""
+        path = self.folder / "scores.parquet"
+        try:
+            table = pq.read_table(path, schema=SCHEMA)
+        except (OSError, pa.ArrowInvalid) as error:
+            if refreshes:
+                get_logger().warning("%s cannot be read (%s), so it begins anew with refresh %d.", path, error, refreshes)
+            return
+        self._tables = [table.filter(pc.less(table["refresh"], refreshes))]
 
     def write_run(self, record: dict[str, Any]) -> None:
         """Write run.json."""

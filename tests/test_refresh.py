@@ -11,61 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tiny
-from datasets import Dataset
-from ica_plugin import attach
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-
-ROWS = 22
-
-
-def tokenised(n: int, seed: int) -> Dataset:
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(n):
-        tokens = rng.integers(3, 400, size=rng.integers(6, 14)).tolist()
-        rows.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": [-100] * 3 + tokens[3:]})
-    return Dataset.from_list(rows)
-
-
-class Recorder(Trainer):
-    """Keeps what it trained on: (global step, rows, end_of_dataloader) of every micro-batch."""
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        ids = inputs.get("ica_rows")
-        rows = [] if ids is None else ids.tolist()
-        tokens = [row[row != 0].tolist() for row in inputs["input_ids"]]
-        self.trained.append((self.state.global_step, rows, self.accelerator.gradient_state.end_of_dataloader, tokens))
-        return super().training_step(model, inputs, *args, **kwargs)
-
-
-def run(folder: Path, ica: dict | None, resume=None, **settings) -> Recorder:
-    arguments = {
-        "output_dir": str(folder), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 2,
-        "learning_rate": 0.01, "use_cpu": True, "save_strategy": "no", "report_to": "none", "seed": 3, "disable_tqdm": True,
-        "logging_strategy": "no", **settings,
-    }
-    tokenizer = tiny.make_tokenizer()
-    evaluated = tokenised(5, 5) if "eval_strategy" in settings else None
-    trainer = Recorder(
-        tiny.make_model(), TrainingArguments(**arguments), train_dataset=tokenised(ROWS, 0), eval_dataset=evaluated,
-        data_collator=DataCollatorForSeq2Seq(tokenizer), processing_class=tokenizer,
-    )
-    trainer.trained = []
-    if ica is not None:
-        attach(trainer, {"retrieval": "random", "k": 2, **ica}, holdout=tokenised(6, 9))
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def refreshes(folder: Path) -> list[tuple[int, list[int]]]:
-    """(step, rows) of each refresh, by what scores.parquet says."""
-    table = pq.read_table(folder / "ica" / "scores.parquet").to_pydict()
-    found: dict[int, tuple[int, list[int]]] = {}
-    for refresh, step, row in zip(table["refresh"], table["step"], table["row"], strict=True):
-        found.setdefault(refresh, (step, []))[1].append(row)
-    return [found[i] for i in sorted(found)]
-
+from runs import ROWS, Recorder, refreshes, run
 
 def check_windows(trainer: Recorder, folder: Path) -> None:
     """Every refresh scored exactly the rows that were trained until the next one."""
@@ -128,17 +74,6 @@ def test_scores_are_the_current_policy_s(tmp_path):
     for refresh, row, value in zip(later["refresh"], later["row"], later["base_logprob"], strict=True):
         moved[min(refresh, 1)].append(abs(value - base[row]))
     assert max(moved[0]) < 1e-3 and np.mean(moved[1]) > 0.1
-
-
-@pytest.mark.parametrize("scope", ["window", "all"])
-def test_resumed_runs_score_before_they_train(tmp_path, scope):
-    ica = {"refresh_interval": 4, "refresh_scope": scope}
-    whole = run(tmp_path / "a", ica, save_strategy="steps", save_steps=3)
-    resumed = run(tmp_path / "b", ica, resume=str(tmp_path / "a" / "checkpoint-3"))
-    assert [t[:2] for t in resumed.trained] == [t[:2] for t in whole.trained if t[0] >= 3]
-    assert refreshes(tmp_path / "b")[0][0] == 3
-    if scope == "window":
-        check_windows(resumed, tmp_path / "b")
 
 
 @pytest.mark.parametrize("interval, steps", [(4, [0, 4, 8]), ("epoch", [0, 6])])

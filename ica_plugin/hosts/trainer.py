@@ -133,8 +133,8 @@ def attach_examples(
 ) -> ICACallback:
     """Make a trainer train with weights: what all hosts share.
 
-    Adds an integer column to `trainer.train_dataset`, wraps the collator, `compute_loss` and `get_batch_samples` on the
-    instance, and adds a callback. The host's loss, sampler, optimizer and logging stay its own.
+    Adds an integer column to `trainer.train_dataset`, wraps the collator, `compute_loss`, `get_batch_samples` and the
+    two methods that write and read checkpoints on the instance, and adds a callback. The host's loss, sampler, optimizer and logging stay its own.
 
     Args:
         trainer: before `train()`.
@@ -168,6 +168,7 @@ def attach_examples(
     _add_row_ids(trainer, row_ids)
     _wrap_loss(trainer, callback)
     _wrap_batches(trainer, callback)
+    _wrap_checkpoints(trainer, callback)
     trainer.add_callback(callback)
     return callback
 
@@ -276,6 +277,25 @@ def _wrap_batches(trainer: Trainer, callback: ICACallback) -> None:
         return host_batches(callback.before_update(epoch_iterator, num_batches), num_batches, *args, **kwargs)
 
     trainer.get_batch_samples = scored_batches
+
+
+def _wrap_checkpoints(trainer: Trainer, callback: ICACallback) -> None:
+    # `on_save` comes when a checkpoint is complete for the host: a run killed just before it would resume without our state.
+    # The random states are saved before the checkpoint is complete, and only where it can be resumed from.
+    host_save, host_load = trainer._save_rng_state, trainer._load_optimizer_and_scheduler
+
+    @functools.wraps(host_save)
+    def save(output_dir: str, *args: Any, **kwargs: Any) -> Any:
+        callback.save_state(output_dir)
+        return host_save(output_dir, *args, **kwargs)
+
+    @functools.wraps(host_load)
+    def load(checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+        if checkpoint is not None:
+            callback.load_state(checkpoint)
+        return host_load(checkpoint, *args, **kwargs)
+
+    trainer._save_rng_state, trainer._load_optimizer_and_scheduler = save, load
 
 
 def prepare_like_train(trainer: Trainer, rows: Any) -> Any:

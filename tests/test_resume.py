@@ -1,0 +1,227 @@
+"""A run that was stopped, at any moment, and resumed ends as the run that never was."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+from checks import callback_of, parameters, write_weights
+from ica_plugin.checkpoint import STATE_FILE
+from ica_plugin.errors import ICAError
+from runs import ROWS, build, refreshes, run, tokenised
+from safetensors.torch import load_file, save_file
+
+SAVING = {"save_strategy": "steps", "save_steps": 1}
+BLOCKS = {
+    "window": {"refresh_interval": 4, "retrieval": "policy"},
+    "all": {"refresh_interval": 4, "refresh_scope": "all"},
+    "epoch": {"refresh_interval": "epoch", "retrieval": "policy"},
+    "never": {},
+}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def scores(folder: Path) -> list[dict]:
+    return pq.read_table(folder / "ica" / "scores.parquet").to_pylist()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_resumed_from_any_checkpoint_it_ends_the_same(tmp_path, name):
+    """12 updates; the checkpoints lie inside windows, at their ends, and at the end of the first epoch (6)."""
+    whole = run(tmp_path / "whole", BLOCKS[name], **SAVING)
+    end = parameters(whole)
+    for step in (1, 3, 4, 5, 6, 9, 11):
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        shutil.copytree(tmp_path / "whole" / "ica", folder / "ica")
+        resumed = run(folder, BLOCKS[name], resume=str(folder / f"checkpoint-{step}"))
+        assert same(parameters(resumed), end), step
+        assert torch.equal(callback_of(resumed).weights, callback_of(whole).weights)
+        assert torch.equal(callback_of(resumed).scores, callback_of(whole).scores)
+        assert scores(folder) == scores(tmp_path / "whole")
+        assert callback_of(resumed).refreshes == callback_of(whole).refreshes
+        assert callback_of(resumed).scored_rows == callback_of(whole).scored_rows
+
+
+def test_given_weights_go_on(tmp_path):
+    block = {"weights": str(write_weights(tmp_path / "w.parquet", np.linspace(0, 2, ROWS)))}
+    whole = run(tmp_path / "whole", block, **SAVING)
+    resumed = run(tmp_path / "on", block, resume=str(tmp_path / "whole" / "checkpoint-5"))
+    assert same(parameters(resumed), parameters(whole))
+    write_weights(tmp_path / "w.parquet", np.linspace(2, 0, ROWS))
+    with pytest.raises(ICAError, match="what differs: the weights"):
+        run(tmp_path / "other", block, resume=str(tmp_path / "whole" / "checkpoint-5"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    run(folder, BLOCKS["window"], max_steps=3, **SAVING)
+    return folder / "checkpoint-3"
+
+
+CHANGES = {
+    "the train rows": {"train": tokenised(ROWS, 1)},
+    "the holdout": {"holdout": tokenised(7, 9)},
+    "the model": {"model": tiny.make_model(intermediate_size=48)},
+    "ica.temperature (then 1.0, now 0.5)": {"temperature": 0.5},
+    "ica.k (then 2, now 3), ica.seed (then 42, now 1)": {"k": 3, "seed": 1},
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_another_run_s_checkpoint_is_refused(tmp_path, checkpoint, what, caplog):
+    block = {**BLOCKS["window"], **{key: value for key, value in CHANGES[what].items() if key in ("temperature", "k", "seed")}}
+    settings = {key: value for key, value in CHANGES[what].items() if key not in block}
+    with pytest.raises(ICAError) as error:
+        build_and_load(tmp_path, block, checkpoint, settings)
+    assert f"what differs: {what}. Undo the change" in str(error.value) and "on_resume_mismatch: rescore" in str(error.value)
+    assert not (tmp_path / "ica" / "scores.parquet").exists()
+    if "model" in settings:  # the host itself cannot load it
+        return
+    resumed = run(tmp_path, {**block, "on_resume_mismatch": "rescore"}, resume=str(checkpoint), max_steps=5, **settings)
+    assert refreshes(tmp_path)[0][0] == 3 and resumed.state.global_step == 5
+
+
+def build_and_load(folder, block, checkpoint, settings):
+    """As the host does before the first resumed step, without its own check of the model's shapes."""
+    trainer = build(folder, block, **settings)
+    trainer._load_optimizer_and_scheduler(str(checkpoint))
+
+
+def test_a_checkpoint_without_state_is_scored_again_and_says_so(tmp_path, checkpoint, capfd):
+    bare = shutil.copytree(checkpoint, tmp_path / "checkpoint-3", ignore=shutil.ignore_patterns(STATE_FILE))
+    run(tmp_path, BLOCKS["window"], resume=str(bare))
+    assert refreshes(tmp_path)[0][0] == 3
+    assert "has no ICA state, so all rows are scored again" in capfd.readouterr().err
+
+
+def test_a_damaged_state_is_not_read(tmp_path, checkpoint):
+    broken = shutil.copytree(checkpoint, tmp_path / "checkpoint-3")
+    whole = (broken / STATE_FILE).read_bytes()
+    for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        (broken / STATE_FILE).write_bytes(whole[:size])
+        with pytest.raises(ICAError, match="is damaged .* Resume from an earlier checkpoint"):
+            run(tmp_path, BLOCKS["window"], resume=str(broken))
+
+
+def test_the_state_is_small_and_a_full_disk_does_not_end_the_run(tmp_path, checkpoint, monkeypatch, capfd):
+    # float32 weight, float64 score and two int32 demonstrations per row, and a record.
+    assert (checkpoint / STATE_FILE).stat().st_size < ROWS * (4 + 8 + 2 * 4) + 4096
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ica_plugin.checkpoint.save_file", full)
+    trainer = run(tmp_path, BLOCKS["window"], **SAVING)
+    assert trainer.state.global_step == 12 and not list(tmp_path.rglob(f"*{STATE_FILE}*"))
+    assert "a run resumed from this checkpoint scores its rows again" in capfd.readouterr().err
+
+
+# SIGKILL at random moments. Runs are forked from a server that has imported everything, so that each costs its steps alone.
+
+PHASES = ("start", "scoring", "step", "checkpoint")
+BLOCK = {"refresh_interval": 2, "retrieval": "policy"}
+
+
+def child(folder: Path, resume: str | None, phase, counts) -> None:
+    """A whole run in a process of its own, which says all the time what it is doing."""
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    trainer = build(folder, BLOCK, **SAVING)
+    callback = callback_of(trainer)
+
+    def during(name: str, work):
+        def wrapped(*args, **kwargs):
+            before, phase.value = phase.value, PHASES.index(name)
+            counts[phase.value] += 1
+            try:
+                return work(*args, **kwargs)
+            finally:
+                phase.value = before
+
+        return wrapped
+
+    callback.refresh = during("scoring", callback.refresh)
+    trainer.training_step = during("step", trainer.training_step)
+    trainer._save_checkpoint = during("checkpoint", trainer._save_checkpoint)
+    trainer.train(resume_from_checkpoint=resume)
+    result = {**parameters(trainer), "ica.weights": callback.weights, "ica.scores": callback.scores}
+    save_file({name: value.contiguous() for name, value in result.items()}, folder / ".end")
+    os.replace(folder / ".end", folder / "end.safetensors")
+    os._exit(0)
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The host writes trainer_state.json last, but not at once: one that cannot be parsed is not whole."""
+    from transformers import TrainerState
+
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in found:
+        try:
+            TrainerState.load_from_json(path / "trainer_state.json")
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_the_same(tmp_path, monkeypatch):
+    """24 runs: eight killed while scoring, eight in or between steps, eight while a checkpoint is written."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the server does not take over sys.path
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["checks", "runs", "test_resume"])
+    rng = random.Random(0)
+
+    def start(folder: Path, resume: str | None):
+        folder.mkdir(exist_ok=True)
+        phase, counts = context.Value("i", 0, lock=False), context.Array("i", len(PHASES), lock=False)
+        process = context.Process(target=child, args=(folder, resume, phase, counts))
+        process.start()
+        return process, phase, counts
+
+    def finish(folder: Path, resume: str | None) -> dict[str, torch.Tensor]:
+        process, *_ = start(folder, resume)
+        process.join(180)
+        assert process.exitcode == 0
+        return load_file(folder / "end.safetensors")
+
+    expected = finish(tmp_path / "whole", None)
+    table = scores(tmp_path / "whole")
+    resumed_from, killed_in = [], []
+    for attempt in range(24):
+        folder = tmp_path / str(attempt)
+        process, phase, counts = start(folder, None)
+        target = 1 + attempt % 3
+        occurrence = rng.randint(1, 5)
+        deadline = time.monotonic() + 60
+        while counts[target] < occurrence and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.0002)
+        time.sleep(rng.uniform(0, 0.02))
+        killed_in.append(PHASES[phase.value])
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        checkpoint = last_whole_checkpoint(folder)
+        resumed_from.append(checkpoint and int(Path(checkpoint).name.split("-")[1]))
+        assert checkpoint is None or (Path(checkpoint) / STATE_FILE).is_file()
+        assert same(finish(folder, checkpoint), expected), (attempt, killed_in[-1], checkpoint)
+        assert scores(folder) == table
+    print(killed_in, resumed_from)
+    assert {"scoring", "step", "checkpoint"} <= set(killed_in) and len(set(resumed_from)) >= 4
+    assert not np.isnan(expected["ica.weights"].numpy()).any()
