@@ -28,9 +28,10 @@ def validate(config: Annotated[Path, typer.Argument(help="An Axolotl or LLaMA-Fa
     except ICAError as error:
         typer.secho(f"{config}: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from None
-    table = Table(show_header=False, title=f"{config}: ready to train")
+    table = Table(show_header=False)
     for name, value in summary.items():
         table.add_row(name, str(value))
+    Console().print(f"{config}: ready to train", soft_wrap=True)
     Console().print(table)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import ICAError
 from .examples import Example, digests
@@ -92,3 +94,24 @@ def usable_holdout_rows(source: str, examples: list[Example], context: int | Non
     if len(usable) < len(examples):
         get_logger().info("holdout: %d of %d rows can be shown as demonstrations.", len(usable), len(examples))
     return usable
+
+
+def json_error(path: str | Path) -> str | None:
+    """Where a local .json or .jsonl file is malformed, as `file, line n: what is wrong`; None if it is another file or whole."""
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in (".json", ".jsonl") or not path.is_file():
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        return f"{path}: not UTF-8 ({error})"
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        parts = [(1, text)]
+    else:
+        parts = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    for number, part in parts:
+        try:
+            json.loads(part)
+        except json.JSONDecodeError as error:
+            return f"{path}, line {number + error.lineno - 1}: {error.msg} (column {error.colno})"
+    return None

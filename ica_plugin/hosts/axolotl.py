@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from ..config import ICAConfig, parse_config
 from ..errors import ICAError
 from ..examples import Example, read_examples
-from ..holdout import check_holdout
+from ..holdout import check_holdout, json_error
 from ..versions import warn_if_untested
 from ..weights_file import read_weights
 from .trainer import attach_examples, prepare_like_train
@@ -147,6 +147,9 @@ def load_holdout(cfg: DictDefault, config: ICAConfig, tokenizer: Any) -> tuple[s
             else:
                 rows, *_ = prepare_datasets(run, tokenizer)
         except Exception as error:
+            malformed = json_error(source)
+            if malformed:
+                raise ICAError(f"ica.holdout: malformed json: {malformed}. Correct or remove that line.") from error
             raise ICAError(f"ica.holdout: {source}: {_explain(error, cfg)}") from error
     if len(rows) == 0:
         raise ICAError(
@@ -170,8 +173,6 @@ def _explain(error: Exception, cfg: DictDefault) -> str:
             f"a {cfg.rl} run needs holdout rows with the same fields as its training data "
             f"({'prompt, completion and label' if cfg.rl == 'kto' else 'a prompt, `chosen` and `rejected`'}). ({everything})"
         )
-    if "jsondecode" in lowered or "arrowinvalid" in lowered or "json parse" in lowered:
-        return f"the file is malformed. ({everything})"
     return (
         "it could not be read the way the run's first dataset is. Give it the same format, or a full dataset entry with its "
         f"own `type`. ({everything})"

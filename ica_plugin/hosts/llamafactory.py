@@ -27,7 +27,7 @@ from ..callback import ICACallback
 from ..config import ICAConfig, parse_config
 from ..errors import ICAError
 from ..examples import Example, read_examples
-from ..holdout import check_holdout
+from ..holdout import check_holdout, json_error
 from ..versions import warn_if_untested
 from ..weights_file import read_weights
 from .trainer import attach_examples
@@ -255,6 +255,9 @@ def load_holdout(
             with contextlib.redirect_stdout(io.StringIO()):  # the loader prints its first row as a "training example"
                 return name, get_dataset(template, model_args, data_args, training_args, stage=stage, **tokenizer)["train_dataset"]
         except Exception as error:
+            malformed = json_error(entry.get("file_name", "")) if entry else None
+            if malformed:
+                raise ICAError(f"ica.holdout: malformed json: {malformed}. Correct or remove that line.") from error
             raise ICAError(
                 f"ica.holdout: {name}: LLaMA-Factory cannot read it as the run's data: {type(error).__name__}: {error}. Give rows in "
                 "the format of the run's first dataset, or a name or an entry as in dataset_info.json."

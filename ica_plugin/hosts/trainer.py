@@ -19,7 +19,7 @@ from ..callback import ICACallback, model_context
 from ..config import ICAConfig, parse_config
 from ..errors import ICAError
 from ..examples import Example, read_examples
-from ..holdout import check_holdout
+from ..holdout import check_holdout, json_error
 from ..injection import trains_output_embedding
 from ..log import get_logger
 from ..row_ids import NO_ROW, ROW_IDS, RowIdCollator, row_ids_of
@@ -121,6 +121,9 @@ def _load_rows(source: str | Mapping[str, Any], name: str) -> Dataset:
             entry |= {"path": kind, "data_files": str(path.expanduser())}
         return load_dataset(**{"split": "train", **entry})
     except Exception as error:
+        malformed = json_error(path)
+        if malformed:
+            raise ICAError(f"ica.holdout: malformed json: {malformed}. Correct or remove that line.") from error
         raise ICAError(f"ica.holdout: {name}: cannot be read by `datasets`: {type(error).__name__}: {error}") from error
 
 

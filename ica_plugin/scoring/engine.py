@@ -94,6 +94,10 @@ class Engine:
         def work(index: list[int]) -> None:
             values = path.token_logprobs([sequences[i] for i in index])
             result[index] = [float(value.astype(np.float64).sum()) for value in values]
+            if len(index) > 1:
+                # A NaN reaches its neighbours in the forward through masked attention, as 0 × NaN: each row by itself.
+                for i in np.array(index)[~np.isfinite(result[index])]:
+                    result[i] = path.token_logprobs([sequences[i]])[0].astype(np.float64).sum()
 
         self._in_batches([s.tokens for s in sequences], np.array([int(s.scored.sum()) for s in sequences]), work, progress)
         return result

@@ -83,7 +83,8 @@ class PackedPath:
         pooled = []
         for path in tree.paths:
             weight = torch.arange(1, len(path) + 1, dtype=torch.float32, device=self._device)
-            pooled.append(weight @ hidden[self._to_device(path)] / weight.sum())
+            # A product and a sum, since autocast would take a matrix product in half precision.
+            pooled.append((weight[:, None] * hidden[self._to_device(path)]).sum(0) / weight.sum())
         return torch.stack(pooled).cpu().numpy()
 
     def _forward(self, module: nn.Module, tree: Tree, **kwargs: Any) -> Any:

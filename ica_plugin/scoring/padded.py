@@ -70,7 +70,8 @@ class PaddedPath:
         tokens, attention = _pad(prompts, self._device)
         hidden = self._decoder(input_ids=tokens, attention_mask=attention, use_cache=False).last_hidden_state
         weight = (attention.cumsum(dim=1) * attention).float()
-        pooled = torch.einsum("bth,bt->bh", hidden.float(), weight) / weight.sum(1, keepdim=True)
+        # A product and a sum, since autocast would take a matrix product in half precision.
+        pooled = (weight[..., None] * hidden.float()).sum(1) / weight.sum(1, keepdim=True)
         return pooled.cpu().numpy()
 
 

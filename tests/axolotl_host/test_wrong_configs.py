@@ -77,7 +77,7 @@ def test_malformed_holdout(config, tmp_path):
     path = config()
     (tmp_path / "holdout.jsonl").write_text(json.dumps(tiny.sft_rows(1)[0]) + '\n{"messages": [\n')
     text = message_of(path)
-    assert "ica.holdout" in text and "malformed" in text
+    assert f"ica.holdout: malformed json: {tmp_path / 'holdout.jsonl'}, line 2: " in text
 
 
 def test_coupled_loss(config):

@@ -151,12 +151,14 @@ def test_the_holdout_is_a_name_a_path_or_an_entry(make, tmp_path, kind):
         ("god", "neither a dataset in .*dataset_info.json nor a file .*Did you mean `good`"),
         ("pairs.jsonl", "cannot read it as the run's data"),
         ("empty.jsonl", "ica.holdout: .*empty.jsonl"),
+        ("broken.jsonl", "malformed json: .*broken.jsonl, line 2: Expecting value"),
         ("long.jsonl", "longer than cutoff_len"),
     ],
 )
 def test_a_wrong_holdout_says_what_to_do(make, tmp_path, holdout, message):
     tiny.write_jsonl(tmp_path / "pairs.jsonl", [{"question": "red", "answer": "blue"}])
     tiny.write_jsonl(tmp_path / "empty.jsonl", [])
+    (tmp_path / "broken.jsonl").write_text('{"messages": []}\n{"messages": [\n')
     long = tiny.sft_rows(2)
     long[1]["messages"][1]["content"] = "red green blue " * 200
     tiny.write_jsonl(tmp_path / "long.jsonl", long)
