@@ -12,6 +12,7 @@ import pytest
 import tiny
 import yaml
 from harness import write_config
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.host
 EXAMPLES = Path(__file__).parents[2] / "example_configs" / "axolotl"
@@ -84,24 +85,29 @@ def test_qlora_in_4_bit(tmp_path, model_for_4_bit):
     check_outputs(config, train(config), len(rows), refreshes=1, by_token=True)
 
 
-def test_two_processes_hold_the_same_weights(tmp_path, tiny_model):
-    """Unequal shares: 13 rows on 2 ranks."""
-    rows = tiny.sft_rows(13, turns=2)
-    config = write_config(tmp_path, tiny_model, "sft", rows, tiny.sft_rows(6, seed=9), {}, shuffle_merged_datasets=False)
-    binaries = Path(sys.executable).parent
-    done = subprocess.run(
-        [str(binaries / "accelerate"), "launch", "--cpu", "--num_processes", "2", "-m", "axolotl.cli.train", str(config)],
-        env={**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}, capture_output=True, text=True, timeout=600,
-    )
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_two_processes_train_as_one(tmp_path, tiny_model, kind):
+    """Global batch 4, 20 rows, 10 updates, refreshed every 4: 2 rows on each of two ranks, or two micro-batches on one."""
+    rows, holdout = (make(20 - 14 * i, seed=9 * i) for i, make in enumerate([tiny.sft_rows if kind == "sft" else tiny.pair_rows] * 2))
+    configs = {
+        processes: write_config(
+            tmp_path / str(processes), tiny_model, kind, rows, holdout, {"refresh_interval": 4}, shuffle_merged_datasets=False,
+            gradient_accumulation_steps=3 - processes, num_epochs=2, optimizer="sgd", learning_rate=0.1,
+        )
+        for processes in (1, 2)
+    }
+    train(configs[1])
+    done = axolotl("train", str(configs[2]), "--launcher", "torchrun", "--", "--nproc_per_node=2")
     assert done.returncode == 0, done.stderr[-4000:]
-    two = {line["row"]: line for line in scores(config)}
-    single = write_config(tmp_path / "one", tiny_model, "sft", rows, tiny.sft_rows(6, seed=9), {}, shuffle_merged_datasets=False)
-    train(single)
-    one = {line["row"]: line for line in scores(single)}
-    assert sorted(one) == sorted(two) == list(range(13))
-    for row in one:
-        assert one[row]["score"] == pytest.approx(two[row]["score"], abs=1e-4)
-        assert one[row]["weight"] == pytest.approx(two[row]["weight"], abs=1e-4)
+    one, two = ({(line["refresh"], line["row"]): line for line in scores(configs[n])} for n in (1, 2))
+    assert one.keys() == two.keys() and len(one) == 40
+    for key in one:
+        assert one[key]["score"] == pytest.approx(two[key]["score"], abs=1e-4)
+        assert one[key]["weight"] == pytest.approx(two[key]["weight"], abs=1e-4)
+    start = load_file(tiny_model / "model.safetensors")
+    ends = [load_file(tmp_path / str(n) / "out" / "model.safetensors") for n in (1, 2)]
+    assert max(float((ends[0][key] - start[key]).abs().max()) for key in start) > 1e-2
+    assert max(float((ends[0][key] - ends[1][key]).abs().max()) for key in start) < 1e-5
 
 
 # Text fields of each example's data set, for rows that a tiny tokenizer can read.
