@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
+from .budget import Allowance, Budgeted
 from .checkpoint import State, differences, fingerprint, load_state, save_state
 from .config import ICAConfig
 from .errors import ICAError
@@ -78,6 +79,9 @@ class ICACallback(TrainerCallback):
         self._trained_before = 0.0
         self._scored_here = 0.0
         self._ahead: deque = deque()
+        self._budgeted: Budgeted | None = None
+        self._budgeted_rows = 0
+        self._neighbour_correlation: float | None = None
         if given is not None:
             self.weights = torch.from_numpy(given).float()
 
@@ -96,6 +100,8 @@ class ICACallback(TrainerCallback):
             self._mid_epoch = state.epoch % 1 > 0 and not args.ignore_data_skip
             self._continue(self._resumed)
             self._resumed = None
+        if self.scores_itself and self.config.budget is not None:
+            self._budgeted = self._within_budget(state, kwargs.get("train_dataloader"))
         if not self.scores_itself:
             self._report_given()
 
@@ -136,9 +142,10 @@ class ICACallback(TrainerCallback):
             if self._by_window:
                 steps = min(self._interval, self.trainer.state.max_steps - self.trainer.state.global_step)
                 self._draw_ahead(batches, steps * micro_batches)
-                self.refresh(sorted({row for batch, _ in self._ahead for row in batch[ROW_IDS].unique().tolist() if row >= 0}), shared=False)
+                rows = sorted({row for batch, _ in self._ahead for row in batch[ROW_IDS].unique().tolist() if row >= 0})
+                self.refresh(rows, shared=False, steps=steps)
             else:
-                self.refresh(list(range(len(self.train))), shared=True)
+                self.refresh(list(range(len(self.train))), shared=True, steps=self._interval)
         return self._hand_on(batches) if self._ahead else batches
 
     def _draw_ahead(self, batches: Iterator[dict], count: int) -> None:
@@ -170,36 +177,41 @@ class ICACallback(TrainerCallback):
 
     # What: scores, weights, records.
 
-    def refresh(self, rows: list[int], *, shared: bool) -> None:
+    def refresh(self, rows: list[int], *, shared: bool, steps: int | None = None) -> None:
         """Score rows with the current policy and give them new weights; collective over all ranks.
 
         Args:
             rows: indices of train rows.
             shared: every rank passes the same rows and scores its share; otherwise each rank passes its own.
+            steps: optimizer steps that the weights serve, for `budget`; None: an epoch or the rest of the run.
         """
         begin = time.monotonic()
         accelerator = self.trainer.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes
-        if self._demonstrations is None:
+        if self._budgeted is not None:
+            self._budgeted.allowance.open(self.trainer.state.global_step, self._serves_until(steps))
+        elif self._demonstrations is None:
             everyone = self._on_all_ranks(lambda: self._retrieve(list(range(rank, len(self.train), ranks))))
             self._demonstrations = [demos for _, demos in sorted(pair for part in everyone for pair in part)]
             report_fewer(self._demonstrations, self.config.k, len(self.holdout.shown))
         mine = rows[rank::ranks] if shared else rows
-        parts = self._on_all_ranks(lambda: self._score(mine))
+        parts = self._on_all_ranks(lambda: self._score(mine) if self._budgeted is None else self._score_within_budget(mine))
+        if self._budgeted is not None:
+            self._demonstrations = self._demonstrations or [[] for _ in self.train]
+            for row, demos in (item for part in parts for item in part.pop("demos").items()):
+                self._demonstrations[row] = demos
         index, first = np.unique(np.concatenate([part["row"] for part in parts]), return_index=True)
         if len(index) == 0:
             return
         columns = {name: np.concatenate([part[name] for part in parts])[first] for name in parts[0]}
-        neutral = np.array([not self._demonstrations[row] for row in index])
-        weights = weights_from_scores(
-            columns["score"], self.config, tokens=self.tokens[index], by_token=self.train[0].kind == "sft", neutral=neutral
-        )
+        weights = self._weigh(columns)
         self.weights[torch.from_numpy(index)] = torch.from_numpy(weights.values).float()
         self.scores[torch.from_numpy(index)] = torch.from_numpy(columns["score"])
         seconds = time.monotonic() - begin
         self.scoring_seconds += seconds
         self._scored_here += seconds
-        self.scored_rows += len(index)
+        if self._budgeted is not None:
+            self._budgeted.allowance.close()
         self._report(columns, weights, seconds)
         if accelerator.is_main_process:
             count = len(index)
