@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -66,6 +67,7 @@ class ICACallback(TrainerCallback):
         self._given = given
         self.refreshes = 0
         self.scored_rows = 0
+        self.weighted_rows = 0
         self.scoring_seconds = 0.0
         self._demonstrations: list[list[int]] | None = None
         self._injection: GradientInjection | None = None
@@ -80,7 +82,6 @@ class ICACallback(TrainerCallback):
         self._scored_here = 0.0
         self._ahead: deque = deque()
         self._budgeted: Budgeted | None = None
-        self._budgeted_rows = 0
         self._neighbour_correlation: float | None = None
         if given is not None:
             self.weights = torch.from_numpy(given).float()
@@ -204,6 +205,7 @@ class ICACallback(TrainerCallback):
         if len(index) == 0:
             return
         columns = {name: np.concatenate([part[name] for part in parts])[first] for name in parts[0]}
+        scored = columns.setdefault("scored", np.ones(len(index), bool))
         weights = self._weigh(columns)
         self.weights[torch.from_numpy(index)] = torch.from_numpy(weights.values).float()
         self.scores[torch.from_numpy(index)] = torch.from_numpy(columns["score"])
@@ -212,6 +214,8 @@ class ICACallback(TrainerCallback):
         self._scored_here += seconds
         if self._budgeted is not None:
             self._budgeted.allowance.close()
+        self.scored_rows += int(scored.sum())
+        self.weighted_rows += len(index)
         self._report(columns, weights, seconds)
         if accelerator.is_main_process:
             count = len(index)
@@ -225,7 +229,7 @@ class ICACallback(TrainerCallback):
                     "score": columns["score"],
                     "weight": weights.values,
                     "tokens": self.tokens[index],
-                    "demos": [self._demonstrations[row] for row in index],
+                    "demos": [self._demonstrations[row] if now else [] for row, now in zip(index, scored, strict=True)],
                 }
             )
         self.refreshes += 1
@@ -250,13 +254,16 @@ class ICACallback(TrainerCallback):
 
     def _retrieve(self, rows: list[int]) -> list[tuple[int, list[int]]]:
         tokenizer = self.trainer.processing_class
+        embed, holdout = self._get_engine().embeddings, self.holdout
+        if self._budgeted is not None:
+            embed, holdout = functools.partial(self._budgeted.embed, embeddings=embed), self._budgeted.holdout
         demonstrations = retrieve(
             self.train,
-            self.holdout,
+            holdout,
             self.config,
             rows=rows,
             context=model_context(self.trainer.model),
-            embed=self._get_engine().embeddings,
+            embed=embed,
             decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         )
         return list(zip(rows, demonstrations, strict=True))
@@ -276,6 +283,43 @@ class ICACallback(TrainerCallback):
                 progress=bar.update,
             )
         return {"row": np.array(rows, dtype=np.int64), "base": scores.base, "context": scores.context, "score": scores.score}
+
+    def _weigh(self, columns: dict[str, np.ndarray]) -> Weights:
+        rows = columns["row"]
+        neutral = np.array([not self._demonstrations[row] for row in rows])
+        if self._budgeted is None:
+            return weights_from_scores(
+                columns["score"], self.config, tokens=self.tokens[rows], by_token=self.train[0].kind == "sft", neutral=neutral
+            )
+        scored = columns["scored"]
+        self._budgeted.neighbours.add(rows[scored], columns["score"][scored], neutral[scored])
+        weights, self._neighbour_correlation = self._budgeted.neighbours.weigh(rows)
+        return weights
+
+    # `budget`: see budget.py.
+
+    def _within_budget(self, state, loader) -> Budgeted:
+        args, ranks = self.trainer.args, self.trainer.accelerator.num_processes
+        rows = len(self.train) / (len(loader) * ranks) if loader is not None else args.per_device_train_batch_size
+        allowance = Allowance(self.config.budget, state.global_step, state.max_steps)
+        micro_batch = min(args.per_device_train_batch_size, len(self.train))
+        return Budgeted(self.config, self.train, self.holdout, allowance, rows * args.gradient_accumulation_steps, micro_batch)
+
+    def _serves_until(self, steps: int | None) -> int:
+        state = self.trainer.state
+        if steps is None:
+            epochs = self.trainer.args.num_train_epochs if self.config.refresh_interval == "epoch" else 1
+            steps = state.max_steps if epochs <= 1 else round(state.max_steps / epochs)
+        return min(state.global_step + steps, state.max_steps)
+
+    def _score_within_budget(self, rows: list[int]) -> dict[str, Any]:
+        def retrieve_rows(chosen: list[int]) -> list[list[int]]:
+            self._demonstrations = self._demonstrations or [[] for _ in self.train]
+            for row, demos in self._retrieve(chosen):
+                self._demonstrations[row] = demos
+            return [self._demonstrations[row] for row in chosen]
+
+        return self._budgeted.score(rows, self._get_engine(), retrieve_rows, self._score)
 
     def _get_engine(self) -> Engine:
         if self._engine is None:
@@ -392,12 +436,15 @@ class ICACallback(TrainerCallback):
         mean, spread = (float(finite.mean()), float(finite.std())) if len(finite) else (0.0, 0.0)
         share_clipped = float(weights.clipped.mean())
         trained = max(self._training_seconds(), 1e-9)
+        scored = int(columns["scored"].sum())
         get_logger().info(
             "refresh %d at step %d: %d rows scored in %.1f s; score %.2f ± %.2f nats; weights %.3g to %.3g, effective "
             "sample size %.0f %%, %.1f %% of rows at max_weight.",
-            self.refreshes, self.trainer.state.global_step, len(columns["row"]), seconds, mean, spread,
+            self.refreshes, self.trainer.state.global_step, scored, seconds, mean, spread,
             weights.values.min(), weights.values.max(), 100 * weights.effective_sample_size, 100 * share_clipped,
         )
+        if self._budgeted is not None:
+            self._report_budget(scored, len(columns["row"]))
         if weights.bad.any():
             bad = columns["row"][weights.bad]
             get_logger().warning("%d row(s) have a NaN or infinite score and weight 0: %s", len(bad), bad[:10].tolist())
@@ -411,6 +458,14 @@ class ICACallback(TrainerCallback):
                 "ica/overhead": self.scoring_seconds / trained if self.refreshes else 0.0,
             }
         )
+
+    def _report_budget(self, scored: int, rows: int) -> None:
+        correlation = self._neighbour_correlation
+        get_logger().info(
+            "ica.budget: %d of %d rows scored; the others have their neighbours' weight (rank correlation on the rows scored so far: %s).",
+            scored, rows, "too few to tell" if correlation is None else f"{correlation:.2f}",
+        )
+        self._log({"ica/scored_share": scored / rows} | ({} if correlation is None else {"ica/neighbour_correlation": correlation}))
 
     def _report_given(self) -> None:
         values = self.weights.double().numpy()
@@ -437,6 +492,8 @@ class ICACallback(TrainerCallback):
                 "rows_in_holdout": self.holdout.rows_in_train if self.holdout else 0,
                 "rows_without_supervised_token": int((self.tokens == 0).sum()),
                 "scored_rows": self.scored_rows,
+                "scored_share": self.scored_rows / max(self.weighted_rows, 1),
+                "neighbour_correlation": self._neighbour_correlation,
                 "refreshes": self.refreshes,
                 "steps": self.trainer.state.global_step,
                 "scoring_seconds": round(self.scoring_seconds, 3),
