@@ -3,7 +3,7 @@
     python benchmarks/budget.py --model SmolLM2-135M-Instruct --alpaca alpaca_en_demo.json
 
 Runs a transformers Trainer with `budget` at several shares over the same rows from the same policy, and once scoring every
-row. With `--small` the policy is a Llama of 4 layers with a vocabulary of 4,096, trained on the rows first (`--pretrain`
+row. With `--small` the policy is a Llama of 2 layers with a vocabulary of 2,048, trained on the rows first (`--pretrain`
 epochs), which takes minutes rather than hours; `--model` is then needed for its chat template alone. Writes
 docs/benchmarks/budget-<machine>.md.
 """
@@ -62,14 +62,14 @@ def main() -> None:
     raw = (gsm8k(args.gsm8k) if args.gsm8k else alpaca(args.alpaca))[: args.rows + args.holdout]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if args.small:
-        tokenizer = tokenizer.train_new_from_iterator([f"{prompt}\n{answer[0]}" for prompt, answer in raw], 4096)
+        tokenizer = tokenizer.train_new_from_iterator([f"{prompt}\n{answer[0]}" for prompt, answer in raw], 2048)
         tokenizer.pad_token = tokenizer.eos_token
     examples = tokenise(tokenizer, raw, args.max_length)
     rows, held = dataset(examples[: -args.holdout]), dataset(examples[-args.holdout :])
     if args.small:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
         ))
         first = argparse.Namespace(**{**vars(args), "epochs": args.pretrain, "learning_rate": 1e-3})
         train(model, tokenizer, rows, tempfile.mkdtemp(), first)
@@ -101,7 +101,7 @@ def main() -> None:
             f"{r['rows_scored']} of {r['rows']} | {'–' if loo is None else format(loo, '.2f')} | {r['spearman']:.2f} | {r['pearson']:.2f} |"
         )
         print(r, flush=True)
-    policy = f"a small Llama trained on the rows for {args.pretrain:g} epochs" if args.small else Path(args.model).name
+    policy = f"a Llama of 2 layers, width 128, trained on the rows for {args.pretrain:g} epochs" if args.small else Path(args.model).name
     text = "\n".join([
         f"# A scoring budget on {machine_name()}", "",
         f"{policy}, {torch.get_num_threads()} CPU thread(s); {len(rows)} rows of {'GSM8K' if args.gsm8k else 'Alpaca'}, {len(held)} in the "
