@@ -208,7 +208,7 @@ class ICACallback(TrainerCallback):
         scored = columns.setdefault("scored", np.ones(len(index), bool))
         weights = self._weigh(columns)
         self.weights[torch.from_numpy(index)] = torch.from_numpy(weights.values).float()
-        self.scores[torch.from_numpy(index)] = torch.from_numpy(columns["score"])
+        self.scores[torch.from_numpy(index[scored])] = torch.from_numpy(columns["score"][scored])
         seconds = time.monotonic() - begin
         self.scoring_seconds += seconds
         self._scored_here += seconds
@@ -292,6 +292,8 @@ class ICACallback(TrainerCallback):
                 columns["score"], self.config, tokens=self.tokens[rows], by_token=self.train[0].kind == "sft", neutral=neutral
             )
         scored = columns["scored"]
+        before = np.flatnonzero(np.isfinite(self.scores.numpy()))  # a resumed run's among them
+        self._budgeted.neighbours.add(before, self.scores.numpy()[before], np.zeros(len(before), bool))
         self._budgeted.neighbours.add(rows[scored], columns["score"][scored], neutral[scored])
         weights, self._neighbour_correlation = self._budgeted.neighbours.weigh(rows)
         return weights
@@ -349,6 +351,7 @@ class ICACallback(TrainerCallback):
             "step": self.trainer.state.global_step,
             "refreshes": self.refreshes,
             "scored_rows": self.scored_rows,
+            "weighted_rows": self.weighted_rows,
             "scoring_seconds": self.scoring_seconds,
             "training_seconds": self._training_seconds(),
             "due": self._due,
@@ -384,7 +387,7 @@ class ICACallback(TrainerCallback):
         self.weights, self.scores = state.tensors["weights"].clone(), state.tensors["scores"].clone()
         if "demonstrations" in state.tensors:
             self._demonstrations = [[demo for demo in row if demo >= 0] for row in state.tensors["demonstrations"].tolist()]
-        self.refreshes, self.scored_rows = record["refreshes"], record["scored_rows"]
+        self.refreshes, self.scored_rows, self.weighted_rows = record["refreshes"], record["scored_rows"], record["weighted_rows"]
         self.scoring_seconds, self._trained_before = record["scoring_seconds"], record["training_seconds"]
         self._last_refresh_step = record["last_refresh_step"]
         self._due = record["due"]

@@ -182,6 +182,16 @@ def test_a_large_budget_scores_every_row_as_without_one(tmp_path):
     assert refreshes(tmp_path / "budget")[0][1] == list(range(ROWS))
 
 
+def test_a_resumed_run_remembers_scored_rows(tmp_path):
+    settings = dict(num_train_epochs=10, gradient_accumulation_steps=1, save_strategy="steps", save_steps=55)
+    ica = {"refresh_interval": 10, "budget": 0.3}
+    whole = callback_of(run(tmp_path / "a", ica, **settings))
+    resumed = callback_of(run(tmp_path / "b", ica, resume=str(tmp_path / "a" / "checkpoint-55"), **settings))
+    assert whole.refreshes == resumed.refreshes and resumed.weighted_rows == whole.weighted_rows
+    assert not resumed.weights.isnan().any()
+    assert np.isfinite(resumed.scores).sum() > 0
+
+
 def test_two_ranks_agree(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
                "--rdzv-endpoint", "localhost:0", __file__, str(tmp_path)]
