@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
+from .budget import Allowance, Budgeted
 from .checkpoint import State, differences, fingerprint, load_state, save_state
 from .config import ICAConfig
 from .errors import ICAError
@@ -65,6 +67,7 @@ class ICACallback(TrainerCallback):
         self._given = given
         self.refreshes = 0
         self.scored_rows = 0
+        self.weighted_rows = 0
         self.scoring_seconds = 0.0
         self._demonstrations: list[list[int]] | None = None
         self._injection: GradientInjection | None = None
@@ -78,6 +81,8 @@ class ICACallback(TrainerCallback):
         self._trained_before = 0.0
         self._scored_here = 0.0
         self._ahead: deque = deque()
+        self._budgeted: Budgeted | None = None
+        self._neighbour_correlation: float | None = None
         if given is not None:
             self.weights = torch.from_numpy(given).float()
 
@@ -96,6 +101,8 @@ class ICACallback(TrainerCallback):
             self._mid_epoch = state.epoch % 1 > 0 and not args.ignore_data_skip
             self._continue(self._resumed)
             self._resumed = None
+        if self.scores_itself and self.config.budget is not None:
+            self._budgeted = self._within_budget(state, kwargs.get("train_dataloader"))
         if not self.scores_itself:
             self._report_given()
 
@@ -136,9 +143,10 @@ class ICACallback(TrainerCallback):
             if self._by_window:
                 steps = min(self._interval, self.trainer.state.max_steps - self.trainer.state.global_step)
                 self._draw_ahead(batches, steps * micro_batches)
-                self.refresh(sorted({row for batch, _ in self._ahead for row in batch[ROW_IDS].unique().tolist() if row >= 0}), shared=False)
+                rows = sorted({row for batch, _ in self._ahead for row in batch[ROW_IDS].unique().tolist() if row >= 0})
+                self.refresh(rows, shared=False, steps=steps)
             else:
-                self.refresh(list(range(len(self.train))), shared=True)
+                self.refresh(list(range(len(self.train))), shared=True, steps=self._interval)
         return self._hand_on(batches) if self._ahead else batches
 
     def _draw_ahead(self, batches: Iterator[dict], count: int) -> None:
@@ -170,36 +178,44 @@ class ICACallback(TrainerCallback):
 
     # What: scores, weights, records.
 
-    def refresh(self, rows: list[int], *, shared: bool) -> None:
+    def refresh(self, rows: list[int], *, shared: bool, steps: int | None = None) -> None:
         """Score rows with the current policy and give them new weights; collective over all ranks.
 
         Args:
             rows: indices of train rows.
             shared: every rank passes the same rows and scores its share; otherwise each rank passes its own.
+            steps: optimizer steps that the weights serve, for `budget`; None: an epoch or the rest of the run.
         """
         begin = time.monotonic()
         accelerator = self.trainer.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes
-        if self._demonstrations is None:
+        if self._budgeted is not None:
+            self._budgeted.allowance.open(self.trainer.state.global_step, self._serves_until(steps))
+        elif self._demonstrations is None:
             everyone = self._on_all_ranks(lambda: self._retrieve(list(range(rank, len(self.train), ranks))))
             self._demonstrations = [demos for _, demos in sorted(pair for part in everyone for pair in part)]
             report_fewer(self._demonstrations, self.config.k, len(self.holdout.shown))
         mine = rows[rank::ranks] if shared else rows
-        parts = self._on_all_ranks(lambda: self._score(mine))
+        parts = self._on_all_ranks(lambda: self._score(mine) if self._budgeted is None else self._score_within_budget(mine))
+        if self._budgeted is not None:
+            self._demonstrations = self._demonstrations or [[] for _ in self.train]
+            for row, demos in (item for part in parts for item in part.pop("demos").items()):
+                self._demonstrations[row] = demos
         index, first = np.unique(np.concatenate([part["row"] for part in parts]), return_index=True)
         if len(index) == 0:
             return
         columns = {name: np.concatenate([part[name] for part in parts])[first] for name in parts[0]}
-        neutral = np.array([not self._demonstrations[row] for row in index])
-        weights = weights_from_scores(
-            columns["score"], self.config, tokens=self.tokens[index], by_token=self.train[0].kind == "sft", neutral=neutral
-        )
+        scored = columns.setdefault("scored", np.ones(len(index), bool))
+        weights = self._weigh(columns)
         self.weights[torch.from_numpy(index)] = torch.from_numpy(weights.values).float()
-        self.scores[torch.from_numpy(index)] = torch.from_numpy(columns["score"])
+        self.scores[torch.from_numpy(index[scored])] = torch.from_numpy(columns["score"][scored])
         seconds = time.monotonic() - begin
         self.scoring_seconds += seconds
         self._scored_here += seconds
-        self.scored_rows += len(index)
+        if self._budgeted is not None:
+            self._budgeted.allowance.close()
+        self.scored_rows += int(scored.sum())
+        self.weighted_rows += len(index)
         self._report(columns, weights, seconds)
         if accelerator.is_main_process:
             count = len(index)
@@ -213,7 +229,7 @@ class ICACallback(TrainerCallback):
                     "score": columns["score"],
                     "weight": weights.values,
                     "tokens": self.tokens[index],
-                    "demos": [self._demonstrations[row] for row in index],
+                    "demos": [self._demonstrations[row] if now else [] for row, now in zip(index, scored, strict=True)],
                 }
             )
         self.refreshes += 1
@@ -238,13 +254,16 @@ class ICACallback(TrainerCallback):
 
     def _retrieve(self, rows: list[int]) -> list[tuple[int, list[int]]]:
         tokenizer = self.trainer.processing_class
+        embed, holdout = self._get_engine().embeddings, self.holdout
+        if self._budgeted is not None:
+            embed, holdout = functools.partial(self._budgeted.embed, embeddings=embed), self._budgeted.holdout
         demonstrations = retrieve(
             self.train,
-            self.holdout,
+            holdout,
             self.config,
             rows=rows,
             context=model_context(self.trainer.model),
-            embed=self._get_engine().embeddings,
+            embed=embed,
             decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         )
         return list(zip(rows, demonstrations, strict=True))
@@ -264,6 +283,45 @@ class ICACallback(TrainerCallback):
                 progress=bar.update,
             )
         return {"row": np.array(rows, dtype=np.int64), "base": scores.base, "context": scores.context, "score": scores.score}
+
+    def _weigh(self, columns: dict[str, np.ndarray]) -> Weights:
+        rows = columns["row"]
+        neutral = np.array([not self._demonstrations[row] for row in rows])
+        if self._budgeted is None:
+            return weights_from_scores(
+                columns["score"], self.config, tokens=self.tokens[rows], by_token=self.train[0].kind == "sft", neutral=neutral
+            )
+        scored = columns["scored"]
+        before = np.flatnonzero(np.isfinite(self.scores.numpy()))  # a resumed run's among them
+        self._budgeted.neighbours.add(before, self.scores.numpy()[before], np.zeros(len(before), bool))
+        self._budgeted.neighbours.add(rows[scored], columns["score"][scored], neutral[scored])
+        weights, self._neighbour_correlation = self._budgeted.neighbours.weigh(rows)
+        return weights
+
+    # `budget`: see budget.py.
+
+    def _within_budget(self, state, loader) -> Budgeted:
+        args, ranks = self.trainer.args, self.trainer.accelerator.num_processes
+        rows = len(self.train) / (len(loader) * ranks) if loader is not None else args.per_device_train_batch_size
+        allowance = Allowance(self.config.budget, state.global_step, state.max_steps)
+        micro_batch = min(args.per_device_train_batch_size, len(self.train))
+        return Budgeted(self.config, self.train, self.holdout, allowance, rows * args.gradient_accumulation_steps, micro_batch)
+
+    def _serves_until(self, steps: int | None) -> int:
+        state = self.trainer.state
+        if steps is None:
+            epochs = self.trainer.args.num_train_epochs if self.config.refresh_interval == "epoch" else 1
+            steps = state.max_steps if epochs <= 1 else round(state.max_steps / epochs)
+        return min(state.global_step + steps, state.max_steps)
+
+    def _score_within_budget(self, rows: list[int]) -> dict[str, Any]:
+        def retrieve_rows(chosen: list[int]) -> list[list[int]]:
+            self._demonstrations = self._demonstrations or [[] for _ in self.train]
+            for row, demos in self._retrieve(chosen):
+                self._demonstrations[row] = demos
+            return [self._demonstrations[row] for row in chosen]
+
+        return self._budgeted.score(rows, self._get_engine(), retrieve_rows, self._score)
 
     def _get_engine(self) -> Engine:
         if self._engine is None:
@@ -293,6 +351,7 @@ class ICACallback(TrainerCallback):
             "step": self.trainer.state.global_step,
             "refreshes": self.refreshes,
             "scored_rows": self.scored_rows,
+            "weighted_rows": self.weighted_rows,
             "scoring_seconds": self.scoring_seconds,
             "training_seconds": self._training_seconds(),
             "due": self._due,
@@ -328,7 +387,7 @@ class ICACallback(TrainerCallback):
         self.weights, self.scores = state.tensors["weights"].clone(), state.tensors["scores"].clone()
         if "demonstrations" in state.tensors:
             self._demonstrations = [[demo for demo in row if demo >= 0] for row in state.tensors["demonstrations"].tolist()]
-        self.refreshes, self.scored_rows = record["refreshes"], record["scored_rows"]
+        self.refreshes, self.scored_rows, self.weighted_rows = record["refreshes"], record["scored_rows"], record["weighted_rows"]
         self.scoring_seconds, self._trained_before = record["scoring_seconds"], record["training_seconds"]
         self._last_refresh_step = record["last_refresh_step"]
         self._due = record["due"]
@@ -380,12 +439,15 @@ class ICACallback(TrainerCallback):
         mean, spread = (float(finite.mean()), float(finite.std())) if len(finite) else (0.0, 0.0)
         share_clipped = float(weights.clipped.mean())
         trained = max(self._training_seconds(), 1e-9)
+        scored = int(columns["scored"].sum())
         get_logger().info(
             "refresh %d at step %d: %d rows scored in %.1f s; score %.2f ± %.2f nats; weights %.3g to %.3g, effective "
             "sample size %.0f %%, %.1f %% of rows at max_weight.",
-            self.refreshes, self.trainer.state.global_step, len(columns["row"]), seconds, mean, spread,
+            self.refreshes, self.trainer.state.global_step, scored, seconds, mean, spread,
             weights.values.min(), weights.values.max(), 100 * weights.effective_sample_size, 100 * share_clipped,
         )
+        if self._budgeted is not None:
+            self._report_budget(scored, len(columns["row"]))
         if weights.bad.any():
             bad = columns["row"][weights.bad]
             get_logger().warning("%d row(s) have a NaN or infinite score and weight 0: %s", len(bad), bad[:10].tolist())
@@ -399,6 +461,14 @@ class ICACallback(TrainerCallback):
                 "ica/overhead": self.scoring_seconds / trained if self.refreshes else 0.0,
             }
         )
+
+    def _report_budget(self, scored: int, rows: int) -> None:
+        correlation = self._neighbour_correlation
+        get_logger().info(
+            "ica.budget: %d of %d rows scored; the others have their neighbours' weight (rank correlation on the rows scored so far: %s).",
+            scored, rows, "too few to tell" if correlation is None else f"{correlation:.2f}",
+        )
+        self._log({"ica/scored_share": scored / rows} | ({} if correlation is None else {"ica/neighbour_correlation": correlation}))
 
     def _report_given(self) -> None:
         values = self.weights.double().numpy()
@@ -425,6 +495,8 @@ class ICACallback(TrainerCallback):
                 "rows_in_holdout": self.holdout.rows_in_train if self.holdout else 0,
                 "rows_without_supervised_token": int((self.tokens == 0).sum()),
                 "scored_rows": self.scored_rows,
+                "scored_share": self.scored_rows / max(self.weighted_rows, 1),
+                "neighbour_correlation": self._neighbour_correlation,
                 "refreshes": self.refreshes,
                 "steps": self.trainer.state.global_step,
                 "scoring_seconds": round(self.scoring_seconds, 3),

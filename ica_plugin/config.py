@@ -48,6 +48,10 @@ class ICAConfig(BaseModel):
     retrieval_groups: int | None = Field(
         None, ge=1, description="Rows share this many demonstration sets, so that the context costs little. Default: each row has its own."
     )
+    budget: float | None = Field(
+        None, gt=0, lt=1, description="Scoring takes at most this share of the training time; rows that it does not reach get the "
+        "weight that their nearest scored neighbours suggest. Default: every row is scored."
+    )
     weights: str | None = Field(
         None, description="A parquet, csv or jsonl of row → weight, or a column of the dataset: train with these, never score."
     )

@@ -82,7 +82,7 @@ def weights_from_scores(
         limit = config.max_weight if config.weighting == "softmax" else np.inf
         if (raw * share).sum() <= 0:
             raise ICAError(f"ica.weighting: {config.weighting}: no row would have a weight above 0; widen it.")
-        values[good], clipped[good] = _scale_to_mean_one(raw, share, float(mass), limit)
+        values[good], clipped[good] = scaled_to_mean_one(raw, share, float(mass), limit)
     return Weights(values, clipped, bad)
 
 
@@ -106,7 +106,7 @@ def _raw_weights(scores: np.ndarray, config: ICAConfig) -> np.ndarray:
     return ((scores >= low) & (scores <= high)).astype(np.float64)
 
 
-def _scale_to_mean_one(raw: np.ndarray, share: np.ndarray, mass: float, limit: float) -> tuple[np.ndarray, np.ndarray]:
+def scaled_to_mean_one(raw: np.ndarray, share: np.ndarray, mass: float, limit: float) -> tuple[np.ndarray, np.ndarray]:
     """The c with Σ share · min(c · raw, limit) = mass, and the rows at the limit.
 
     Clipping and scaling in one: what the clipped rows lose goes to the others, so that the mean is 1 and no

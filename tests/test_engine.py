@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import numpy as np
@@ -446,6 +447,20 @@ def test_scoring_leaves_training_untouched():
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1] and (np.random.get_state()[1] == states[2]).all()
     assert packed._BRANCHES is None
+
+
+@pytest.mark.parametrize("path", ["segments", "dense", "padded"])
+def test_scoring_holds_no_tensor_afterwards(path):
+    def held() -> int:
+        gc.collect()
+        return sum(x.numel() * x.element_size() for x in gc.get_objects() if isinstance(x, torch.Tensor))
+
+    engine = engine_with(make_model(), path)
+    sequences = rows(4)
+    before = held()
+    engine.logprobs(sequences)
+    engine.embeddings([s.tokens for s in sequences])
+    assert held() <= before
 
 
 def test_dropout_is_off_while_scoring():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -58,6 +59,11 @@ class Engine:
         self._autocast = autocast
         self.budget = budget or budget_for(self._base.config, self._device, 4096)
         self._chosen: Path | None = None
+
+    @property
+    def input_embeddings(self) -> nn.Module:
+        """The policy's input embedding."""
+        return self._base.get_input_embeddings()
 
     @property
     def path(self) -> Path:
@@ -122,6 +128,17 @@ class Engine:
 
         self._in_batches(prompts, np.zeros(len(prompts), int), work, progress)
         return np.stack(result)
+
+    def forward_seconds(self, rows: list[Sequence]) -> float:
+        """Seconds of one padded forward over `rows`, the faster of two: the first may have to warm up."""
+        padded = PaddedPath(self._model, self._base, self._device)
+        seconds = []
+        with self._scoring():
+            for _ in range(2):
+                begin = time.monotonic()
+                padded.token_logprobs(rows)  # its result is on the CPU, so the device has finished
+                seconds.append(time.monotonic() - begin)
+        return min(seconds)
 
     def _in_batches(
         self, sequences: list[np.ndarray], predictions: np.ndarray, work: Callable[[list[int]], None], progress: Progress

@@ -1,0 +1,338 @@
+"""`budget: 0.05`: scoring takes at most a share of the training time, and the rows that it scores speak for the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+from .config import ICAConfig
+from .examples import Example, Sequence
+from .holdout import Holdout
+from .log import get_logger
+from .scoring.engine import Engine
+from .weighting import Weights, scaled_to_mean_one, weights_from_scores
+
+# A backward costs at least as much as its forward, so a training step at least this many forwards.
+FORWARDS_PER_STEP = 2
+# Optimizer steps after which their own time is believed rather than the estimate.
+STEPS_TO_MEASURE = 5
+# Rows are planned to take this share of what is left, since their cost is an estimate.
+CAUTION = 0.9
+NEIGHBOURS = 8
+WIDTH = 256
+# Smooth inverse frequency, Arora et al. 2017.
+FREQUENCY = 1e-3
+ROWS_PER_BLOCK = 4096
+
+
+Embed = Callable[[list[np.ndarray]], np.ndarray]
+
+
+class Budgeted:
+    """Scoring within a budget: which rows, for how long, and what weight the others get.
+
+    Args:
+        config: the block, with `budget`.
+        train: every train row.
+        holdout: checked holdout.
+        allowance: the time.
+        rows_per_step: train rows of an optimizer step on this rank.
+        micro_batch: train rows of a micro-batch.
+    """
+
+    def __init__(
+        self, config: ICAConfig, train: list[Example], holdout: Holdout, allowance: Allowance, rows_per_step: float, micro_batch: int
+    ):
+        self.allowance = allowance
+        self.holdout = holdout
+        self.neighbours: Neighbours | None = None
+        self._config, self._train = config, train
+        self._rows_per_step, self._micro_batch = rows_per_step, micro_batch
+        self._row_guess = 0.0
+        self._offset = 0
+        self._vectors: dict[bytes, np.ndarray] = {}
+
+    def score(
+        self,
+        rows: list[int],
+        engine: Engine,
+        retrieve: Callable[[list[int]], list[list[int]]],
+        score: Callable[[list[int]], dict[str, np.ndarray]],
+    ) -> dict[str, Any]:
+        """Score as many of `rows` as fit, evenly spread; between `allowance.open` and `allowance.close`.
+
+        Args:
+            rows: indices of train rows.
+            engine: the policy's log-probs.
+            retrieve: rows → their demonstrations, found with `holdout` and `embed`.
+            score: rows → columns `base`, `context`, `score`; called after `retrieve`.
+
+        Returns:
+            columns `row`, `scored`, and `base`, `context`, `score`, NaN where not scored; `demos` {row: demonstrations} of the
+            scored rows.
+        """
+        if self.neighbours is None:
+            self._set_up(engine)
+        candidates = [i for i, row in enumerate(rows) if self._train[row].can_be_scored]
+        order = [candidates[i] for i in np.roll(spread(len(candidates)), -self._offset)]
+        found: dict[str, Any] = {name: np.full(len(rows), np.nan) for name in ("base", "context", "score")}
+        found |= {"row": np.array(rows, dtype=np.int64), "scored": np.zeros(len(rows), bool), "demos": {}}
+        done = 0
+        while done < len(order):
+            count = min(self.allowance.rows(self._row_guess), len(order) - done)
+            if count <= done // 10:  # not worth a pass of its own
+                break
+            begin = time.monotonic()
+            at = sorted(order[done : done + count])
+            chosen = [rows[i] for i in at]
+            found["demos"].update(zip(chosen, retrieve(chosen), strict=True))
+            columns = score(chosen)
+            for name in ("base", "context", "score"):
+                found[name][at] = columns[name]
+            found["scored"][at] = True
+            self.allowance.scored(count, time.monotonic() - begin)
+            done += count
+        self._offset += done
+        return found
+
+    def embed(self, prompts: list[np.ndarray], embeddings: Embed) -> np.ndarray:
+        """`embeddings` of the prompts, each computed once in a run."""
+        new = {prompt.tobytes(): prompt for prompt in prompts if prompt.tobytes() not in self._vectors}
+        if new:
+            self._vectors.update(zip(new, embeddings(list(new.values())), strict=True))
+        return np.stack([self._vectors[prompt.tobytes()] for prompt in prompts])
+
+    def _set_up(self, engine: Engine) -> None:
+        rows, allowance = [row for row in self._train if row.can_be_scored], self.allowance
+        sample = [sequence for i in spread(len(rows))[: self._micro_batch] for sequence in rows[i].sequences]
+        seconds_per_token = engine.forward_seconds(sample) / sum(len(s.tokens) for s in sample)
+        row_tokens = np.mean([sum(len(s.tokens) for s in row.sequences) for row in rows])
+        allowance.step_seconds = FORWARDS_PER_STEP * seconds_per_token * row_tokens * self._rows_per_step
+        shown = self.holdout.shown
+        demonstration_tokens = np.mean([len(self.holdout.examples[i].demonstration.tokens) for i in shown])
+        context_tokens = self._config.k * demonstration_tokens * len(rows[0].sequences)
+        self._row_guess = max(seconds_per_token * (2 * row_tokens + context_tokens), 1e-9)
+        if self._config.retrieval == "policy":
+            prompts = [self.holdout.examples[i].demonstration.prompt for i in shown]
+            # A quarter of the time at most goes into choosing demonstrations.
+            kept = affordable(prompts, seconds_per_token, allowance.whole / 4, self._config.k)
+            if len(kept) < len(shown):
+                get_logger().info("ica.budget leaves time to look for demonstrations among %d of %d holdout rows.", len(kept), len(shown))
+                self.holdout = replace(self.holdout, shown=[shown[i] for i in kept])
+            self.embed([prompts[i] for i in kept], engine.embeddings)
+        tokens = np.array([row.supervised_tokens if row.can_be_scored else 0 for row in self._train])
+        features = row_features(engine.input_embeddings, self._train)
+        self.neighbours = Neighbours(features, tokens, self._config, by_token=self._train[0].kind == "sft")
+        allowance.set_up()
+        if allowance.setup > allowance.whole:
+            get_logger().warning(
+                "ica.budget: %g of this short run's training time, about %.1f s, is less than the %.1f s that it takes to start; no row "
+                "will be scored.", self._config.budget, allowance.whole, allowance.setup,
+            )
+
+
+class Allowance:
+    """How many seconds a refresh may take, so that all of them stay under a share of the training time.
+
+    Training time is measured; before the first steps it is estimated from a forward. What is computed once for the
+    whole run (`setup`) is charged evenly over its steps.
+
+    Args:
+        share: of the training time.
+        first_step: optimizer step at which the run starts (0, or where it was resumed).
+        last_step: optimizer step at which it ends.
+    """
+
+    def __init__(self, share: float, first_step: int, last_step: int):
+        self.share = share
+        self.first_step, self.last_step = first_step, last_step
+        self.step_seconds = 0.0
+        self.setup = 0.0
+        self.spent = 0.0
+        self._row_seconds = 0.0
+        self._rows = 0
+        self._started = time.monotonic()
+
+    def open(self, step: int, until: int) -> None:
+        """Start the clock of a refresh before `step`, whose weights serve until `until`."""
+        self._opened = time.monotonic()
+        self._trained = self._opened - self._started - self.spent
+        self._step, self._until = step, until
+        if step - self.first_step >= STEPS_TO_MEASURE:
+            self.step_seconds = self._trained / (step - self.first_step)
+
+    def set_up(self) -> None:
+        """What was spent since `open` serves the whole run."""
+        self.setup = time.monotonic() - self._opened
+
+    @property
+    def whole(self) -> float:
+        """Seconds for scoring over the whole run."""
+        return self.share * self.step_seconds * (self.last_step - self.first_step)
+
+    @property
+    def left(self) -> float:
+        """Seconds left to this refresh."""
+        training = self._trained + self.step_seconds * (self._until - self._step)
+        part = (self._until - self.first_step) / max(self.last_step - self.first_step, 1)
+        used = self.spent + time.monotonic() - self._opened - self.setup
+        return self.share * training - used - self.setup * part
+
+    def rows(self, guess: float) -> int:
+        """How many rows to score next; `guess`: seconds per row before any was scored."""
+        if self._rows == 0:  # a first few to learn what they cost
+            return max(int(self.left / 4 / guess), int(self.left >= guess))
+        return int(CAUTION * self.left * self._rows / self._row_seconds)
+
+    def scored(self, rows: int, seconds: float) -> None:
+        """Learn from `rows` rows that took `seconds`."""
+        self._rows += rows
+        self._row_seconds += seconds
+
+    def close(self) -> None:
+        """Stop the clock of the refresh."""
+        self.spent += time.monotonic() - self._opened
+
+
+def spread(n: int) -> np.ndarray:
+    """0 … n − 1 in an order of which every run is spread evenly (multiples of the golden ratio)."""
+    return np.argsort(np.argsort((np.arange(n) * (5**0.5 - 1) / 2) % 1, kind="stable"))
+
+
+def affordable(prompts: list[np.ndarray], seconds_per_token: float, seconds: float, least: int) -> list[int]:
+    """Indices of as many prompts, evenly spread, as can be embedded in `seconds`; at least `least`."""
+    order = spread(len(prompts))
+    cost = np.cumsum([len(prompts[i]) for i in order]) * seconds_per_token
+    return sorted(order[: max(least, int((cost <= seconds).sum()))].tolist())
+
+
+@torch.no_grad()
+def row_features(embedding: nn.Embedding, rows: list[Example]) -> np.ndarray:
+    """What makes rows neighbours, without a forward: the policy's own input embeddings, averaged over the prompt and over
+    each response with rare tokens counting more, and centred; and the number of supervised tokens.
+
+    Args:
+        embedding: the policy's input embedding [V, H].
+        rows: n rows.
+
+    Returns:
+        float32 [n, F]; the inner product of two rows is their similarity.
+    """
+    table = embedding.weight
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(table.shape[1], WIDTH, generator=generator) / WIDTH**0.5  # keeps inner products, costs less
+    table = (table @ directions.to(table)).float()
+    counts = np.zeros(len(table))
+    for row in rows:
+        counts += np.bincount(row.demonstration.tokens, minlength=len(table))
+    rarity = FREQUENCY / (FREQUENCY + counts / counts.sum())
+    table = table * torch.from_numpy(rarity).to(table)[:, None]
+    parts = [_means(table, [row.demonstration.prompt for row in rows])]
+    for i in range(len(rows[0].sequences)):
+        parts.append(_means(table, [_response(row.sequences[i]) for row in rows]))
+    length = np.log1p([row.supervised_tokens for row in rows])[:, None].astype(np.float32)
+    parts.append((length - length.mean()) / max(length.std(), 1e-6))
+    return np.concatenate([*map(_unit, parts[:-1]), parts[-1]], axis=1)
+
+
+def _response(sequence: Sequence) -> np.ndarray:
+    return sequence.tokens[sequence.scored] if sequence.scored.any() else sequence.tokens
+
+
+def _means(table: torch.Tensor, rows: list[np.ndarray]) -> np.ndarray:
+    blocks = []
+    for start in range(0, len(rows), ROWS_PER_BLOCK):
+        block = rows[start : start + ROWS_PER_BLOCK]
+        tokens = torch.from_numpy(np.concatenate(block)).to(table.device)
+        starts = torch.from_numpy(np.cumsum([0, *(len(row) for row in block[:-1])])).to(table.device)
+        blocks.append(nn.functional.embedding_bag(tokens, table, starts, mode="mean").cpu().numpy())
+    means = np.concatenate(blocks)
+    return means - means.mean(axis=0)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+class Neighbours:
+    """Newest scores of the rows scored so far, and what they say about other rows.
+
+    Args:
+        features: float32 [n, F], a line per train row.
+        tokens: int [n], supervised tokens.
+        config: the block.
+        by_token: the host's loss averages over tokens.
+    """
+
+    def __init__(self, features: np.ndarray, tokens: np.ndarray, config: ICAConfig, by_token: bool):
+        self._features, self._tokens, self._config, self._by_token = features, tokens, config, by_token
+        self._scores: dict[int, float] = {}
+        self._neutral: set[int] = set()
+
+    def add(self, rows: np.ndarray, scores: np.ndarray, neutral: np.ndarray) -> None:
+        """Newly scored rows; `neutral`: rows that could be shown no demonstration."""
+        self._scores.update(zip(rows.tolist(), scores.tolist(), strict=True))
+        self._neutral |= set(rows[neutral].tolist())
+
+    def weigh(self, rows: np.ndarray) -> tuple[Weights, float | None]:
+        """Weights of `rows`, mean 1 over them.
+
+        A scored row has the weight that it has among all rows scored so far; any other the mean weight of its nearest
+        scored rows.
+
+        Returns:
+            the weights, and how well neighbours predict: the rank correlation of each scored row's weight with the one
+            that the other scored rows suggest for it; None where there are too few to tell.
+        """
+        known = np.array(sorted(self._scores), dtype=np.int64)
+        neutral = np.isin(known, list(self._neutral))
+        own = weights_from_scores(
+            np.array([self._scores[row] for row in known]), self._config, tokens=self._tokens[known], by_token=self._by_token,
+            neutral=neutral,
+        )
+        teaching = ~own.bad & ~neutral & (self._tokens[known] > 0)
+        pool, pool_weights = known[teaching], own.values[teaching]
+        values = self._suggest(rows, pool, pool_weights)
+        bad, clipped = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
+        at = np.searchsorted(known, rows)
+        scored = np.isin(rows, known)
+        values[scored], bad[scored] = own.values[at[scored]], own.bad[at[scored]]
+        values[self._tokens[rows] == 0] = 0.0
+        counted = self._tokens[rows] > 0
+        share = self._tokens[rows].astype(np.float64) if self._by_token else counted.astype(np.float64)
+        if values.any():
+            limit = self._config.max_weight if self._config.weighting == "softmax" else np.inf
+            values, clipped = scaled_to_mean_one(values, share, float(share.sum()), limit)
+        return Weights(values, clipped, bad), self._leave_one_out(pool, pool_weights)
+
+    def _suggest(self, rows: np.ndarray, pool: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """float64 [rows]: mean weight of each row's nearest others in the pool; 1 where there are none."""
+        suggested = np.ones(len(rows))
+        for start in range(0, len(rows), ROWS_PER_BLOCK):
+            block = rows[start : start + ROWS_PER_BLOCK]
+            distance = _distances(self._features[block], self._features[pool])
+            distance[block[:, None] == pool[None]] = np.inf
+            count = min(NEIGHBOURS, len(pool) - 1)
+            if count > 0:
+                nearest = np.argpartition(distance, count - 1, axis=1)[:, :count]
+                suggested[start : start + len(block)] = weights[nearest].mean(axis=1)
+        return suggested
+
+    def _leave_one_out(self, pool: np.ndarray, weights: np.ndarray) -> float | None:
+        if len(pool) <= NEIGHBOURS:
+            return None
+        suggested = self._suggest(pool, pool, weights)
+        if np.ptp(suggested) == 0 or np.ptp(weights) == 0:
+            return None
+        return float(spearmanr(suggested, weights).statistic)
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1)
