@@ -24,8 +24,8 @@ from .log import get_logger
 from .outputs import RunFiles
 from .retrieval import report_fewer, retrieve
 from .row_ids import ROW_IDS
+from .scoring import SCORER_FUNCTIONS, ScoringContext, scores_for, total_score
 from .scoring.engine import Engine
-from .scoring.ica import ica_scores
 from .scoring.memory import budget_for
 from .weighting import Weights, weights_from_scores
 
@@ -69,6 +69,7 @@ class ICACallback(TrainerCallback):
         self._demonstrations: list[list[int]] | None = None
         self._injection: GradientInjection | None = None
         self._engine: Engine | None = None
+        self._kept: dict[str, Any] = {}  # what scorers keep between refreshes
         self._started = 0.0
         self._due = False
         self._last_refresh_step = 0
@@ -183,14 +184,16 @@ class ICACallback(TrainerCallback):
         if self._demonstrations is None:
             everyone = self._on_all_ranks(lambda: self._retrieve(list(range(rank, len(self.train), ranks))))
             self._demonstrations = [demos for _, demos in sorted(pair for part in everyone for pair in part)]
-            report_fewer(self._demonstrations, self.config.k, len(self.holdout.shown))
+            if self.config.shows_demonstrations:
+                report_fewer(self._demonstrations, self.config.k, len(self.holdout.shown))
         mine = rows[rank::ranks] if shared else rows
         parts = self._on_all_ranks(lambda: self._score(mine))
         index, first = np.unique(np.concatenate([part["row"] for part in parts]), return_index=True)
         if len(index) == 0:
             return
         columns = {name: np.concatenate([part[name] for part in parts])[first] for name in parts[0]}
-        neutral = np.array([not self._demonstrations[row] for row in index])
+        columns["score"] = total_score(self.config, columns)
+        neutral = np.array([self.config.shows_demonstrations and not self._demonstrations[row] for row in index])
         weights = weights_from_scores(
             columns["score"], self.config, tokens=self.tokens[index], by_token=self.train[0].kind == "sft", neutral=neutral
         )
@@ -214,6 +217,7 @@ class ICACallback(TrainerCallback):
                     "weight": weights.values,
                     "tokens": self.tokens[index],
                     "demos": [self._demonstrations[row] for row in index],
+                    **{name: columns[name] for name in columns if self.config.score != "ica" and name in SCORER_FUNCTIONS},
                 }
             )
         self.refreshes += 1
@@ -237,6 +241,8 @@ class ICACallback(TrainerCallback):
         return [part for part, _ in gathered]
 
     def _retrieve(self, rows: list[int]) -> list[tuple[int, list[int]]]:
+        if not self.config.shows_demonstrations:
+            return [(row, []) for row in rows]
         tokenizer = self.trainer.processing_class
         demonstrations = retrieve(
             self.train,
@@ -250,20 +256,26 @@ class ICACallback(TrainerCallback):
         return list(zip(rows, demonstrations, strict=True))
 
     def _score(self, rows: list[int]) -> dict[str, np.ndarray]:
-        examples = [self.train[row] for row in rows]
-        total = 2 * sum(len(row.sequences) for row in examples if row.can_be_scored)
+        sequences = 2 * sum(len(self.train[row].sequences) for row in rows if self.train[row].can_be_scored)
         with tqdm(
-            total=total, desc="ICA scoring", unit="seq", leave=False, disable=not self.trainer.is_local_process_zero()
+            total=sequences if self.config.score == "ica" else None, desc="ICA scoring", unit="seq", leave=False,
+            disable=not self.trainer.is_local_process_zero(),
         ) as bar:
-            scores = ica_scores(
-                self._get_engine(),
-                examples,
-                [self._demonstrations[row] for row in rows],
-                self.holdout.examples,
+            context = ScoringContext(
+                engine=self._get_engine(),
+                config=self.config,
+                train=self.train,
+                rows=rows,
+                demonstrations=[self._demonstrations[row] for row in rows],
+                holdout=self.holdout,
                 length_normalize=self.length_normalize,
+                beta=float(getattr(self.trainer, "beta", None) or getattr(self.trainer.args, "beta", None) or 0.1),
+                limit=model_context(self.trainer.model),
+                optimizer=self.trainer.optimizer,
+                kept=self._kept,
                 progress=bar.update,
             )
-        return {"row": np.array(rows, dtype=np.int64), "base": scores.base, "context": scores.context, "score": scores.score}
+            return {"row": np.array(rows, dtype=np.int64), **scores_for(context)}
 
     def _get_engine(self) -> Engine:
         if self._engine is None:

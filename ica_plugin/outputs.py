@@ -39,9 +39,12 @@ class RunFiles:
         self._tables: list[pa.Table] = []
 
     def add_scores(self, columns: dict[str, Any]) -> None:
-        """Add the rows of one refresh to scores.parquet. `columns`: the names of SCHEMA; NaN becomes null."""
-        arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in SCHEMA]
-        self._tables.append(pa.Table.from_arrays(arrays, schema=SCHEMA))
+        """Add the rows of one refresh to scores.parquet.
+
+        Args:
+            columns: the names of SCHEMA, and further ones of float64; NaN becomes null.
+        """
+        self._tables.append(score_table(columns))
         table = pa.concat_tables(self._tables)
         self._write("scores.parquet", lambda path: pq.write_table(table, path))
 
@@ -72,6 +75,12 @@ class RunFiles:
                 "%s could not be written (%s). Training goes on with the right weights; free the disk or fix the folder's "
                 "permissions and the next refresh writes it again.", self.folder / name, error,
             )
+
+
+def score_table(columns: dict[str, Any]) -> pa.Table:
+    """The columns of SCHEMA, then the others (float64), as a table; NaN becomes null."""
+    schema = pa.schema([*SCHEMA, *((name, pa.float64()) for name in columns if name not in SCHEMA.names)])
+    return pa.Table.from_arrays([pa.array(columns[field.name], field.type, from_pandas=True) for field in schema], schema=schema)
 
 
 def versions() -> dict[str, str]:
