@@ -112,7 +112,8 @@ class ScoringContext:
 
 def token_means(sums: np.ndarray, examples: list[Example]) -> np.ndarray:
     """float64 [n]: mean log-prob per token of the response, or chosen minus rejected for pairs. `sums`: [n, sequences]."""
-    means = sums / np.array([[max(int(s.scored.sum()), 1) for s in row.sequences] for row in examples])
+    tokens = np.array([[max(int(s.scored.sum()), 1) for s in row.sequences] for row in examples])
+    means = sums / tokens.reshape(sums.shape)
     return means[:, 0] - means[:, 1] if means.shape[1] == 2 else means[:, 0]
 
 

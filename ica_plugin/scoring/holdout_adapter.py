@@ -51,7 +51,7 @@ def _tuned_sums(context: ScoringContext) -> np.ndarray:
             model.set_adapter(NAME)
             sums = context.logprob_sums([context.train[row] for row in new])
         known.update(zip(new, sums, strict=True))
-    return np.stack([known[row] for row in context.rows]) if context.rows else np.zeros((0, 1))
+    return np.array([known[row] for row in context.rows]).reshape(context.sums.shape)
 
 
 def _load_or_train(context: ScoringContext) -> None:
@@ -107,7 +107,7 @@ def _train(context: ScoringContext) -> None:
                 # Not `backward`, which would also reach what the run trains beside its adapter.
                 for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-                total += float(loss)
+                total += loss.item()
             optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - step / settings.steps)
             optimizer.step()
             optimizer.zero_grad()
