@@ -261,21 +261,25 @@ class ICACallback(TrainerCallback):
             total=sequences if self.config.score == "ica" else None, desc="ICA scoring", unit="seq", leave=False,
             disable=not self.trainer.is_local_process_zero(),
         ) as bar:
-            context = ScoringContext(
-                engine=self._get_engine(),
-                config=self.config,
-                train=self.train,
-                rows=rows,
-                demonstrations=[self._demonstrations[row] for row in rows],
-                holdout=self.holdout,
-                length_normalize=self.length_normalize,
-                beta=float(getattr(self.trainer, "beta", None) or getattr(self.trainer.args, "beta", None) or 0.1),
-                limit=model_context(self.trainer.model),
-                optimizer=self.trainer.optimizer,
-                kept=self._kept,
-                progress=bar.update,
-            )
+            context = self.scoring_context(rows, [self._demonstrations[row] for row in rows], bar.update)
             return {"row": np.array(rows, dtype=np.int64), **scores_for(context)}
+
+    def scoring_context(self, rows: list[int], demonstrations: list[list[int]], progress: Any = lambda done: None) -> ScoringContext:
+        """What scorers see of the policy as it is now, for `rows` of the train set and the demonstrations of each."""
+        return ScoringContext(
+            engine=self._get_engine(),
+            config=self.config,
+            train=self.train,
+            rows=rows,
+            demonstrations=demonstrations,
+            holdout=self.holdout,
+            length_normalize=self.length_normalize,
+            beta=float(getattr(self.trainer, "beta", None) or getattr(self.trainer.args, "beta", None) or 0.1),
+            limit=model_context(self.trainer.model),
+            optimizer=self.trainer.optimizer,
+            kept=self._kept,
+            progress=progress,
+        )
 
     def _get_engine(self) -> Engine:
         if self._engine is None:

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -28,6 +29,8 @@ SCHEMA = pa.schema(
     ]
 )
 
+# Key of a scores file's metadata: rows of the data file, where not all of them became train rows in their order.
+SOURCE_ROWS = "ica_source_rows"
 PACKAGES = ("ica-plugin", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "axolotl", "llamafactory")
 
 
@@ -77,9 +80,35 @@ class RunFiles:
             )
 
 
+class ScoreFile(RunFiles):
+    """Writes the scores of `ica-plugin score`, and nothing else, to one file.
+
+    Args:
+        path: where.
+        source: int64 [train rows], each train row's place in the data file; None where it is the row's own index.
+        source_rows: rows of the data file, where `source` is given.
+    """
+
+    def __init__(self, path: Path, source: np.ndarray | None = None, source_rows: int | None = None):
+        self.path, self.source, self.source_rows = path, source, source_rows
+
+    def add_scores(self, columns: dict[str, Any]) -> None:
+        if self.source is not None:
+            columns = {**columns, "source": self.source[columns["row"]]}
+        table = score_table(columns)
+        if self.source_rows is not None:
+            table = table.replace_schema_metadata({SOURCE_ROWS: str(self.source_rows)})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, self.path)
+
+    def write_run(self, record: dict[str, Any]) -> None:
+        pass
+
+
 def score_table(columns: dict[str, Any]) -> pa.Table:
     """The columns of SCHEMA, then the others (float64), as a table; NaN becomes null."""
-    schema = pa.schema([*SCHEMA, *((name, pa.float64()) for name in columns if name not in SCHEMA.names)])
+    further = [(name, pa.int64() if name == "source" else pa.float64()) for name in columns if name not in SCHEMA.names]
+    schema = pa.schema([*SCHEMA, *further])
     return pa.Table.from_arrays([pa.array(columns[field.name], field.type, from_pandas=True) for field in schema], schema=schema)
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets, load_preference_datasets
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import load_tokenizer
+from axolotl.train import setup_model_and_trainer
 from axolotl.utils.data import prepare_datasets, prepare_preference_datasets
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from pydantic import BaseModel, ValidationError, model_validator
 from transformers import AutoConfig
 
+from ..callback import ICACallback
 from ..config import ICAConfig, parse_config
 from ..errors import ICAError
 from ..examples import Example, read_examples
@@ -218,6 +222,53 @@ def validate(path: Path) -> dict[str, Any]:
         found["usable as demonstrations"] = len(holdout.shown)
         found["train rows that are also in the holdout"] = holdout.rows_in_train
     return {**found, "block": config.model_dump(exclude_none=True)}
+
+
+def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, tuple[np.ndarray, int] | None]:
+    """The trainer that `axolotl train` would build, with the plugin attached, and nothing trained.
+
+    Args:
+        path: the config.
+        changes: keys of the `ica:` block that replace the config's.
+
+    Returns:
+        the callback, and for each train row its place in the data as it lies in the file (−1 where that is unknown) with the
+        number of rows there; None where the trainer's rows are not those that were loaded.
+
+    Raises:
+        ICAError: what is wrong with the config.
+    """
+    warn_if_untested("axolotl")
+    try:
+        cfg = load_cfg(str(path))
+    except ValidationError as error:
+        raise ICAError(str(error)) from None
+    cfg.ica = parse_config({**config_of(cfg).model_dump(exclude_unset=True), "weights": None, **changes}).model_dump(exclude_unset=True)
+    load = load_preference_datasets if cfg.rl else load_datasets
+    data = load(cfg=cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        cfg.output_dir = folder
+        trainer, *_ = setup_model_and_trainer(cfg, data)
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ICACallback))
+    if len(data.train_dataset) != len(callback.train):
+        return callback, None
+    with tempfile.TemporaryDirectory() as prepared:
+        run = DictDefault(copy.deepcopy(dict(cfg)))
+        # As it lies in the file: neither shuffled nor thinned.
+        run.update(
+            shuffle_merged_datasets=False, shuffle_before_merging_datasets=False, dataset_exact_deduplication=False, test_datasets=None,
+            val_set_size=0, excess_length_strategy="truncate", dataset_prepared_path=prepared, push_dataset_to_hub=None,
+        )
+        in_file = [_content(row) for row in load(cfg=run).train_dataset]
+    places: dict[str, deque[int]] = {}
+    for place, content in enumerate(in_file):
+        places.setdefault(content, deque()).append(place)
+    source = [places[content].popleft() if places.get(content := _content(row)) else -1 for row in data.train_dataset]
+    return callback, (np.array(source), len(in_file))
+
+
+def _content(row: dict[str, Any]) -> str:
+    return repr(sorted((key, value) for key, value in row.items() if value is not None))
 
 
 def _one_row(features: list[dict]) -> dict[str, torch.Tensor]:

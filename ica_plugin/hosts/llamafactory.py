@@ -362,6 +362,47 @@ def validate(path: Path) -> dict[str, Any]:
     }
 
 
+def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, None]:
+    """The trainer that `ica-llamafactory train` would build, with the plugin attached, and nothing trained.
+
+    Args:
+        path: the config.
+        changes: keys of the `ica:` block that replace the config's.
+
+    Returns:
+        the callback, and None: LLaMA-Factory keeps the rows in the order of the file.
+
+    Raises:
+        ICAError: what is wrong with the config.
+    """
+    from llamafactory.train import tuner
+
+    warn_if_untested("llamafactory")
+    args = yaml.safe_load(path.read_text())
+    block = parse_config(args.pop("ica", None)).model_dump(exclude_unset=True)
+    config = parse_config({**block, "weights": None, **changes})
+    refuse_unsupported(args, config)
+    found: list[ICACallback] = []
+
+    class Attached(Exception):
+        pass
+
+    def stop(trainer: Trainer, *_: Any, **__: Any) -> None:
+        found.append(attach(trainer, config))
+        raise Attached
+
+    host_train = Trainer.train
+    Trainer.train = stop
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Attached):
+            tuner.run_exp({**args, "output_dir": folder, "report_to": "none", "plot_loss": False})
+    finally:
+        Trainer.train = host_train
+    if not found:
+        raise ICAError("LLaMA-Factory ended without handing its trainer to transformers' `train()`; please report the config and its version.")
+    return found[0], None
+
+
 def _one_row(features: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: torch.tensor([value]) for key, value in features[0].items() if value is not None}
 
