@@ -65,6 +65,19 @@ def select(
     Console().print(f"{kept} of {total} rows: {out}")
 
 
+@app.command()
+def report(
+    output_dir: Annotated[Path, typer.Argument(help="The `output_dir` of a run with an `ica:` block.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; the numbers lie beside it as JSON. Default: in the run's ica folder.")] = None,
+) -> None:
+    """What a finished run did with its weights: over time, effective sample size, overhead, who gained and lost."""
+    from .tools.report import write_report
+
+    with _errors(output_dir):
+        page = write_report(output_dir, out)
+    Console().print(f"{page} and {page.with_suffix('.json')}")
+
+
 @contextmanager
 def _errors(file: Path) -> Iterator[None]:
     try:
