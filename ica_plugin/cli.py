@@ -78,6 +78,22 @@ def report(
     Console().print(f"{page} and {page.with_suffix('.json')}")
 
 
+@app.command()
+def audit(
+    config: Config,
+    out: Annotated[Path, typer.Option(help="The HTML file; the numbers lie beside it as JSON.")] = Path("audit.html"),
+    rows: Annotated[int, typer.Option(min=20, help="Train rows to score, drawn by the block's seed.")] = 200,
+    planted: Annotated[int, typer.Option(min=5, help="Of these, rows that are also scored corrupted.")] = 50,
+    score: Annotated[list[str] | None, typer.Option(help="A scorer or a sum; may be given several times. Default: all that need no training.")] = None,
+) -> None:
+    """What the scorers say of this data and model, before any training: distributions, agreement, sensitivity, planted noise."""
+    from .tools.audit import write_audit
+
+    with _errors(config):
+        page = write_audit(_host(config), config, out, rows=rows, planted=planted, scorers=score)
+    Console().print(f"{page} and {page.with_suffix('.json')}")
+
+
 @contextmanager
 def _errors(file: Path) -> Iterator[None]:
     try:
