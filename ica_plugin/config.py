@@ -84,7 +84,7 @@ class ICAConfig(BaseModel):
     on_resume_mismatch: Literal["error", "rescore"] = Field(
         "error", description="A checkpoint whose data, holdout, model or block differs: stop, or score all rows again."
     )
-    seed: int = Field(42, ge=0, description="Of random retrieval.")
+    seed: int = Field(42, ge=0, description="Of random retrieval, the `random` scorer, the holdout adapter and `datainf`'s sample.")
 
     @model_validator(mode="before")
     @classmethod
