@@ -24,7 +24,7 @@ from .log import get_logger
 from .outputs import RunFiles
 from .retrieval import report_fewer, retrieve
 from .row_ids import ROW_IDS
-from .scoring import SCORER_FUNCTIONS, ScoringContext, scores_for, total_score
+from .scoring import CONTRACT_COLUMNS, ScoringContext, balanced_score, scores_for_sets
 from .scoring.engine import Engine
 from .scoring.memory import budget_for
 from .weighting import Weights, weights_from_scores
@@ -192,7 +192,7 @@ class ICACallback(TrainerCallback):
         if len(index) == 0:
             return
         columns = {name: np.concatenate([part[name] for part in parts])[first] for name in parts[0]}
-        columns["score"] = total_score(self.config, columns)
+        columns["score"] = balanced_score(self.config, columns)
         neutral = np.array([self.config.shows_demonstrations and not self._demonstrations[row] for row in index])
         weights = weights_from_scores(
             columns["score"], self.config, tokens=self.tokens[index], by_token=self.train[0].kind == "sft", neutral=neutral
@@ -217,7 +217,7 @@ class ICACallback(TrainerCallback):
                     "weight": weights.values,
                     "tokens": self.tokens[index],
                     "demos": [self._demonstrations[row] for row in index],
-                    **{name: columns[name] for name in columns if self.config.score != "ica" and name in SCORER_FUNCTIONS},
+                    **{name: columns[name] for name in columns if name not in CONTRACT_COLUMNS and columns[name] is not columns["score"]},
                 }
             )
         self.refreshes += 1
@@ -244,16 +244,19 @@ class ICACallback(TrainerCallback):
         if not self.config.shows_demonstrations:
             return [(row, []) for row in rows]
         tokenizer = self.trainer.processing_class
-        demonstrations = retrieve(
-            self.train,
-            self.holdout,
-            self.config,
-            rows=rows,
-            context=model_context(self.trainer.model),
-            embed=self._get_engine().embeddings,
-            decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
-        )
-        return list(zip(rows, demonstrations, strict=True))
+        demonstrations = [
+            retrieve(
+                self.train,
+                self.holdout.only(name),
+                self.config,
+                rows=rows,
+                context=model_context(self.trainer.model),
+                embed=self._get_engine().embeddings,
+                decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+            )
+            for name in self.holdout.sets
+        ]
+        return [(row, sum(of_sets, [])) for row, *of_sets in zip(rows, *demonstrations, strict=True)]
 
     def _score(self, rows: list[int]) -> dict[str, np.ndarray]:
         sequences = 2 * sum(len(self.train[row].sequences) for row in rows if self.train[row].can_be_scored)
@@ -261,8 +264,9 @@ class ICACallback(TrainerCallback):
             total=sequences if self.config.score == "ica" else None, desc="ICA scoring", unit="seq", leave=False,
             disable=not self.trainer.is_local_process_zero(),
         ) as bar:
-            context = self.scoring_context(rows, [self._demonstrations[row] for row in rows], bar.update)
-            return {"row": np.array(rows, dtype=np.int64), **scores_for(context)}
+            demonstrations = [self._demonstrations[row] for row in rows]
+            scores = scores_for_sets(self.scoring_context(rows, demonstrations, bar.update))
+            return {"row": np.array(rows, dtype=np.int64), **scores}
 
     def scoring_context(self, rows: list[int], demonstrations: list[list[int]], progress: Any = lambda done: None) -> ScoringContext:
         """What scorers see of the policy as it is now, for `rows` of the train set and the demonstrations of each."""

@@ -43,8 +43,11 @@ class ICAConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
-    holdout: str | dict[str, Any] | None = Field(
-        None, description="The good examples: a path, a hub id, or a dataset entry as under the host's `datasets`."
+    holdout: str | dict[str, Any] | list[dict[str, Any]] | None = Field(
+        None, description="The good examples: a path, a hub id, a dataset entry as under the host's `datasets`, or a list of named sets."
+    )
+    balance: Literal["mean", "max", "round_robin"] = Field(
+        "mean", description="How the scores against several holdout sets become one: mean | max | round_robin."
     )
     k: int = Field(3, ge=1, description="Demonstrations per row.")
     refresh_interval: Literal["never", "epoch"] | int | float = Field(
@@ -128,7 +131,13 @@ class ICAConfig(BaseModel):
 
     @field_validator("holdout")
     @classmethod
-    def _check_holdout(cls, value: str | dict | None) -> str | dict | None:
+    def _check_holdout(cls, value: str | dict | list | None) -> str | dict | list | None:
+        if isinstance(value, list):
+            names = [entry.get("name") for entry in value]
+            if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+                raise ValueError("a list of holdout sets needs a `name` of its own for each, as in `- name: maths` with `path: maths.jsonl`")
+            if any(len(entry) < 2 for entry in value):
+                raise ValueError("every holdout set needs a `path` beside its `name`")
         if value in ("", {}):
             raise ValueError("is empty; give a path, a hub id, or a dataset entry with `path:`")
         return value
@@ -138,6 +147,15 @@ class ICAConfig(BaseModel):
         if self.holdout is None and self.weights is None:
             raise ValueError("`holdout` is required: a path, a hub id or a dataset entry (or give `weights`)")
         return self
+
+    @property
+    def sets(self) -> dict[str, ICAConfig]:
+        """The block for each holdout set alone, by the set's name; "" where there is one holdout without a name."""
+        if not isinstance(self.holdout, list):
+            return {"": self}
+        alone = [(entry["name"], {key: value for key, value in entry.items() if key != "name"}) for entry in self.holdout]
+        # A path alone is read like the run's first dataset.
+        return {name: self.model_copy(update={"holdout": entry["path"] if list(entry) == ["path"] else entry}) for name, entry in alone}
 
     @property
     def shows_demonstrations(self) -> bool:

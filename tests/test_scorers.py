@@ -15,7 +15,7 @@ from ica_plugin.examples import Example, Sequence
 from ica_plugin.holdout import check_holdout
 from ica_plugin.scoring import ScoringContext, scores_for, total_score
 from ica_plugin.scoring.engine import Engine
-from ica_plugin.scoring.expression import SCORERS, combined, in_band, parse_score
+from ica_plugin.scoring.expression import SCORERS, balanced, combined, in_band, parse_score
 from ica_plugin.scoring.influence import truncated
 from ica_plugin.scoring.ica import in_context
 from ica_plugin.weighting import weights_from_scores
@@ -430,6 +430,54 @@ def test_wrong_expressions(text, message):
     with pytest.raises(ICAError, match="ica.score") as error:
         parse_config({"holdout": "x", "score": text})
     assert message in str(error.value)
+
+
+# Several holdout sets.
+
+
+def test_balance():
+    a, b = np.array([3.0, 2, 1, np.nan, 0]), np.array([0.0, 10, 20, np.nan, np.nan])
+    z = [(x - x[np.isfinite(x)].mean()) / x[np.isfinite(x)].std() for x in (a, b)]
+    mean = balanced([a, b], "mean", "zscore")
+    np.testing.assert_allclose(mean[:3], (z[0] + z[1])[:3] / 2)
+    assert np.isnan(mean[3]) and mean[4] == z[0][4]
+    np.testing.assert_allclose(balanced([a, b], "max", "zscore")[:3], np.maximum(*z)[:3])
+    # a takes row 0, b row 2, a row 1; row 4 is the last that anyone has
+    turns = balanced([a, b], "round_robin", "rank")
+    assert np.argsort(-turns[[0, 1, 2, 4]]).tolist() == [0, 2, 1, 3] and np.isnan(turns[3])
+
+
+def test_two_holdout_sets_through_a_trainer(tmp_path):
+    """Each set is scored apart, with its own demonstrations; equal to two runs with one set each, put together."""
+    import pyarrow.parquet as pq
+    from ica_plugin import attach
+    from runs import build, tokenised
+
+    for name, seed in (("maths", 9), ("code", 10)):
+        tokenised(6, seed).save_to_disk(str(tmp_path / name))
+    sets = [{"name": name, "path": str(tmp_path / name)} for name in ("maths", "code")]
+
+    def table_of(folder, holdout):
+        trainer = build(tmp_path / folder, None)
+        attach(trainer, {"k": 2, "score": "ica + likelihood", "balance": "mean", "holdout": holdout})
+        trainer.train()
+        return pq.read_table(tmp_path / folder / "ica" / "scores.parquet").to_pydict()
+
+    both, maths, code = table_of("both", sets), table_of("1", sets[0]["path"]), table_of("2", sets[1]["path"])
+    np.testing.assert_allclose(both["ica:maths"], maths["ica"], atol=1e-4)
+    np.testing.assert_allclose(both["ica:code"], code["ica"], atol=1e-4)
+    expected = balanced([np.array(maths["score"]), np.array(code["score"])], "mean", "rank")
+    np.testing.assert_allclose(both["score"], expected)
+    assert both["demos"] == [m + [6 + d for d in c] for m, c in zip(maths["demos"], code["demos"], strict=True)]
+
+
+@pytest.mark.parametrize("holdout, message", [
+    ([], "a `name` of its own"), ([{"path": "a"}], "a `name` of its own"), ([{"name": "a", "path": "a"}, {"name": "a", "path": "b"}], "a `name` of its own"),
+    ([{"name": "a"}], "needs a `path`"),
+])
+def test_wrong_sets(holdout, message):
+    with pytest.raises(ICAError, match=message):
+        parse_config({"holdout": holdout})
 
 
 # Where a scorer is not defined, and rows that cannot be scored.

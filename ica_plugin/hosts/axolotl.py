@@ -25,7 +25,7 @@ from ..callback import ICACallback
 from ..config import ICAConfig, parse_config
 from ..errors import ICAError
 from ..examples import Example, read_examples
-from ..holdout import check_holdout, json_error
+from ..holdout import check_holdout, joined, json_error
 from ..versions import warn_if_untested
 from ..weights_file import read_weights
 from .trainer import attach_examples, prepare_like_train
@@ -62,7 +62,7 @@ class ICAPlugin(BasePlugin):
         warn_if_untested("axolotl")
         refuse_unsupported(cfg)
         config = config_of(cfg)
-        attach_examples(trainer, config, read_holdout=lambda: _read_holdout(cfg, config, trainer))
+        attach_examples(trainer, config, read_holdout=lambda one: _read_holdout(cfg, one, trainer))
 
 
 def config_of(cfg: DictDefault) -> ICAConfig:
@@ -212,12 +212,13 @@ def validate(path: Path) -> dict[str, Any]:
     if config.weights is not None:
         weights = read_weights(config.weights, len(train)) if config.weights not in train.column_names else train[config.weights]
         return {**found, "weights": f"{config.weights}, mean {sum(weights) / len(weights):.3g}"}
-    source, rows = load_holdout(cfg, config, tokenizer)
-    found["holdout rows"] = f"{len(rows)} ({source})"
+    sets = {name: load_holdout(cfg, one, tokenizer) for name, one in config.sets.items()}
+    found["holdout rows"] = ", ".join(f"{len(rows)} ({source})" for source, rows in sets.values())
     if not cfg.rl:  # preference rows are tokenised by the trainer, which needs the model
-        context = AutoConfig.from_pretrained(cfg.base_model, trust_remote_code=bool(cfg.trust_remote_code)).get_text_config()
-        holdout = check_holdout(
-            source, read_examples(rows, _one_row), read_examples(train, _one_row), getattr(context, "max_position_embeddings", None)
+        model = AutoConfig.from_pretrained(cfg.base_model, trust_remote_code=bool(cfg.trust_remote_code)).get_text_config()
+        context, rows_of_run = getattr(model, "max_position_embeddings", None), read_examples(train, _one_row)
+        holdout = joined(
+            {name: check_holdout(source, read_examples(rows, _one_row), rows_of_run, context) for name, (source, rows) in sets.items()}
         )
         found["usable as demonstrations"] = len(holdout.shown)
         found["train rows that are also in the holdout"] = holdout.rows_in_train

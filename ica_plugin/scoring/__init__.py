@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from .context import Scorer, ScoringContext, token_means
 from .control import random
 from .datainf import datainf
-from .expression import combined, parse_score, parts_of
+from .expression import balanced, combined, parse_score, parts_of
 from .holdout_adapter import rho
 from .influence import influence, truncated
 from .irm import irm
@@ -19,6 +20,8 @@ from .rds import rds
 
 if TYPE_CHECKING:
     from ..config import ICAConfig
+
+CONTRACT_COLUMNS = ("row", "base", "context", "score")
 
 # Scores of one scorer for the rows of a context; docs/scorers.md has what each costs and where it is defined.
 SCORER_FUNCTIONS: dict[str, Scorer] = {
@@ -77,3 +80,40 @@ def total_score(config: ICAConfig, columns: dict[str, np.ndarray]) -> np.ndarray
     if "influence" in parts:
         parts["influence"] = truncated(parts["influence"], config.influence.truncate)
     return combined(terms, parts, combine=config.combine, band=config.band)
+
+
+def scores_for_sets(context: ScoringContext) -> dict[str, np.ndarray]:
+    """`scores_for` against each holdout set apart, the columns of a named set as `scorer:set`.
+
+    Returns:
+        float64 [n] by name; `base` and `context` are means over the sets.
+    """
+    if list(context.holdout.sets) == [""]:
+        return scores_for(context)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    shared: dict[str, np.ndarray] = {}
+    for name, shown in context.holdout.sets.items():
+        mine = set(shown)
+        alone = replace(
+            context, holdout=context.holdout.only(name), kept=context.kept.setdefault(name, {}),
+            demonstrations=[[d for d in demonstrations if d in mine] for demonstrations in context.demonstrations],
+        )
+        vars(alone).update(shared)  # log-probs of the rows without demonstrations are the same for every set
+        found[name] = scores_for(alone)
+        shared = {key: vars(alone)[key] for key in ("sums", "reference_sums") if key in vars(alone)}
+    columns = {key: np.mean([part[key] for part in found.values()], axis=0) for key in ("base", "context")}
+    return columns | {f"{key}:{name}": part[key] for name, part in found.items() for key in part if key not in columns}
+
+
+def balanced_score(config: ICAConfig, columns: dict[str, np.ndarray]) -> np.ndarray:
+    """`total_score` against each holdout set, normalised (`combine`) and made one (`balance`).
+
+    Args:
+        config: the block.
+        columns: float64 [n] by name, as `scores_for_sets` returns them, for all rows scored together.
+    """
+    names = list(config.sets)
+    if names == [""]:
+        return total_score(config, columns)
+    of_sets = [{key.removesuffix(f":{name}"): column for key, column in columns.items() if key.endswith(f":{name}")} for name in names]
+    return balanced([total_score(config, part) for part in of_sets], config.balance, config.combine)

@@ -20,6 +20,7 @@ SHOWS_DEMONSTRATIONS = {"ica", "one_shot"}
 BAND_SCORERS = {"ica-irm": ("ica", "irm"), "lossdiff-irm": ("lossdiff", "irm")}
 
 Combine = Literal["rank", "zscore"]
+Balance = Literal["mean", "max", "round_robin"]
 Terms = tuple[tuple[float, str], ...]
 
 _TERM = re.compile(r"(?:(?P<factor>[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*\*\s*)?(?P<name>[A-Za-z_][\w-]*)")
@@ -90,6 +91,51 @@ def scaled(scores: np.ndarray, combine: Combine) -> np.ndarray:
         return rankdata(scores) / len(scores)
     spread = scores.std()
     return (scores - scores.mean()) / spread if spread > 1e-12 * max(1.0, np.abs(scores).max()) else np.zeros(len(scores))
+
+
+def balanced(scores: list[np.ndarray], balance: Balance, combine: Combine) -> np.ndarray:
+    """One score from the scores against several holdout sets, each normalised first so that no set's scale decides.
+
+    `mean` and `max` are over the sets for which the row has a score. `round_robin`: the sets take turns, each picks the row
+    that is best for it among those left, and an earlier pick is a higher score: every prefix serves all sets alike, as the
+    balanced selection of BIDS (arXiv 2501.12147) aims at, which normalises influence per target before it picks.
+
+    Args:
+        scores: float64 [n] per set.
+        balance: mean, max or round_robin.
+        combine: `rank` or `zscore`, the normalisation.
+
+    Returns:
+        float64 [n]; NaN for a row without any score.
+    """
+    grid = np.full((len(scores), len(scores[0])), -np.inf)
+    for line, column in zip(grid, scores, strict=True):
+        finite = np.isfinite(column)
+        if finite.any():
+            line[finite] = scaled(column[finite], combine)
+    known = np.isfinite(grid)
+    if balance == "max":
+        result = grid.max(axis=0)
+    elif balance == "mean":
+        result = np.where(known, grid, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    else:
+        result = _picked_in_turn(grid)
+    return np.where(known.any(axis=0), result, np.nan)
+
+
+def _picked_in_turn(grid: np.ndarray) -> np.ndarray:
+    """(n − place) / n, where place counts the picks of sets that take turns. `grid`: [sets, n], −inf where a set has no score."""
+    n = grid.shape[1]
+    queues = [iter(np.argsort(-line, kind="stable").tolist()) for line in grid]
+    result = np.zeros(n)
+    picked: set[int] = set()
+    while len(picked) < n:
+        for queue in queues:
+            row = next((row for row in queue if row not in picked), None)
+            if row is not None:
+                result[row] = (n - len(picked)) / n
+                picked.add(row)
+    return result
 
 
 def in_band(columns: list[np.ndarray], band: tuple[float, float]) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
+import yaml
 from harness import write_config
 from ica_plugin.cli import app
 from typer.testing import CliRunner
@@ -75,3 +76,16 @@ def test_score_by_two_processes(tmp_path, tiny_model):
     one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "two"))
     np.testing.assert_allclose(one["score"].to_numpy(), two["score"].to_numpy(), atol=1e-4)
     assert one["demos"].to_pylist() == two["demos"].to_pylist() and one["source"].to_pylist() == two["source"].to_pylist()
+
+
+def test_two_holdout_sets(tmp_path, tiny_model):
+    config = write_config(tmp_path, tiny_model, "sft", tiny.sft_rows(8, seed=1), tiny.sft_rows(6, seed=9), {"k": 1})
+    tiny.write_jsonl(tmp_path / "other.jsonl", tiny.sft_rows(4, seed=10))
+    keys = yaml.safe_load(config.read_text())
+    sets = [{"name": "a", "path": str(tmp_path / "holdout.jsonl")}, {"name": "b", "path": str(tmp_path / "other.jsonl")}]
+    config.write_text(yaml.safe_dump({**keys, "ica": {"k": 1, "holdout": sets, "balance": "round_robin"}}))
+    run("validate", config)
+    run("score", config, "--out", tmp_path / "scores.parquet")
+    table = pq.read_table(tmp_path / "scores.parquet")
+    assert {"ica:a", "ica:b"} <= set(table.column_names)
+    assert all(first < 6 <= second for first, second in table["demos"].to_pylist())
