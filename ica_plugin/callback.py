@@ -401,9 +401,10 @@ class ICACallback(TrainerCallback):
         share_clipped = float(weights.clipped.mean())
         trained = max(self._training_seconds(), 1e-9)
         get_logger().info(
-            "refresh %d at step %d: %d rows scored in %.1f s; score %.2f ± %.2f nats; weights %.3g to %.3g, effective "
+            "refresh %d at step %d: %d rows scored in %.1f s; score %.2f ± %.2f%s; weights %.3g to %.3g, effective "
             "sample size %.0f %%, %.1f %% of rows at max_weight.",
             self.refreshes, self.trainer.state.global_step, len(columns["row"]), seconds, mean, spread,
+            " nats" if self.config.score == "ica" else "",
             weights.values.min(), weights.values.max(), 100 * weights.effective_sample_size, 100 * share_clipped,
         )
         if weights.bad.any():

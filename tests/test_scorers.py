@@ -537,3 +537,27 @@ def test_the_band_and_others_through_a_trainer(tmp_path):
     assert alone["demos"].to_pylist() == [[]] * 22 and alone["weight"].to_numpy().std() > 0
     run(tmp_path / "ica", {})
     assert pq.read_table(tmp_path / "ica" / "ica" / "scores.parquet").column_names[-1] == "demos"
+
+
+def test_a_run_with_every_adapter_scorer_and_equal_weights_is_the_plain_run(tmp_path):
+    """Second adapters, gradients and refreshes between the steps change no bit of what is trained, dropout included."""
+    from ica_plugin import attach
+    from runs import tokenised
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    from tiny import make_tokenizer
+
+    ends = []
+    for scored in (False, True):
+        tokenizer, model = make_tokenizer(), make_lora()
+        trainer = Trainer(
+            model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=6, per_device_train_batch_size=2, seed=3, learning_rate=0.01),
+            train_dataset=tokenised(12, 0), data_collator=DataCollatorForSeq2Seq(tokenizer), processing_class=tokenizer,
+        )
+        if scored:
+            block = {"score": "rho + influence + datainf + likelihood", "weighting": "top", "keep": 1.0, "refresh_interval": 2, "refresh_scope": "all"}
+            callback = attach(trainer, {**block, "influence": {"adam": True}, "holdout_adapter": {"steps": 2}}, holdout=tokenised(5, 9))
+        trainer.train()
+        ends.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    assert callback.refreshes == 3 and ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
