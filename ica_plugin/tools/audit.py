@@ -16,6 +16,7 @@ from ..config import ICAConfig
 from ..errors import ICAError
 from ..examples import Example
 from ..holdout import Holdout
+from ..log import get_logger
 from ..retrieval import retrieve
 from ..scoring import ScoringContext, scores_for, total_score
 from .noise import corrupted
@@ -73,6 +74,7 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
     names = list(dict.fromkeys([*(scorers or _defined(callback)), callback.config.score]))
     values, described = {}, []
     for name in names:
+        get_logger().info("audit: %d rows by %s.", len(sample), name)
         begin = time.monotonic()
         values[name] = audit.score(name)
         finite = values[name][np.isfinite(values[name])]
@@ -148,6 +150,7 @@ class _Audit:
 
     def sensitivity(self) -> list[dict[str, Any]]:
         """ICA under other demonstrations, against ICA as the config has it."""
+        get_logger().info("audit: ICA with other demonstrations.")
         config, holdout = self.callback.config, self.callback.holdout
         own = self.score("ica")
         rng = np.random.default_rng(config.seed)
@@ -184,6 +187,7 @@ class _Audit:
             here = [i for i, row in enumerate(bad) if row is not None]
             if len(here) < 5:
                 continue
+            get_logger().info("audit: planted noise, %s.", kind)
             train: list[Example] = [clean[i] for i in here] + [bad[i] for i in here]
             context = dataclasses.replace(
                 callback.scoring_context([], []), train=train, rows=list(range(len(train))),
