@@ -48,15 +48,16 @@ class RunFiles:
             columns: the names of SCHEMA, and further ones of float64; NaN becomes null.
         """
         self._tables.append(score_table(columns))
-        table = pa.concat_tables(self._tables)
+        table = pa.concat_tables(self._tables, promote_options="default")  # a resumed run may have other scorers
         self._write("scores.parquet", lambda path: pq.write_table(table, path))
 
     def keep_scores(self, refreshes: int) -> None:
         """Take over what scores.parquet holds of the first `refreshes` refreshes: a resumed run goes on from there."""
         path = self.folder / "scores.parquet"
         try:
-            table = pq.read_table(path, schema=SCHEMA)
-        except (OSError, pa.ArrowInvalid) as error:
+            table = pq.read_table(path)
+            table = table.select([*SCHEMA.names, *(name for name in table.column_names if name not in SCHEMA.names)])
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
             if refreshes:
                 get_logger().warning("%s cannot be read (%s), so it begins anew with refresh %d.", path, error, refreshes)
             return

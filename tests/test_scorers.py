@@ -561,3 +561,18 @@ def test_a_run_with_every_adapter_scorer_and_equal_weights_is_the_plain_run(tmp_
         ends.append({name: p.detach().clone() for name, p in model.named_parameters()})
     assert callback.refreshes == 3 and ends[0].keys() == ends[1].keys()
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_a_resumed_run_keeps_the_scorers_columns(tmp_path):
+    import pyarrow.parquet as pq
+    from runs import run
+
+    block = {"score": "ica + likelihood", "refresh_interval": "epoch"}
+    settings = {"save_strategy": "epoch"}
+    run(tmp_path / "whole", block, **settings)
+    run(tmp_path / "cut", block, **settings)
+    run(tmp_path / "cut", block, resume=str(tmp_path / "cut" / "checkpoint-6"), **settings)
+    whole, cut = (pq.read_table(tmp_path / name / "ica" / "scores.parquet") for name in ("whole", "cut"))
+    assert whole.column_names == cut.column_names and whole.num_rows == cut.num_rows == 44
+    for name in ("ica", "likelihood", "weight"):
+        np.testing.assert_allclose(whole[name].to_numpy(), cut[name].to_numpy(), atol=1e-4)
