@@ -207,7 +207,7 @@ def task(name: str, engine: Engine, tokenizer, examples: list[Example], n: int, 
         )
 
     exact = demonstrations()
-    plain = Reference(engine._model, train, exact, held, args.pair_batch if variants == 2 else BATCH)
+    plain = Reference(engine.model, train, exact, held, args.pair_batch if variants == 2 else BATCH)
     sides: dict[str, Reference | Trees] = {"reference": plain, "engine": Trees(engine, plain.sequences)}
     if name == "alpaca" and args.groups:
         grouped = flatten(train, demonstrations(retrieval_groups=GROUPS), held)
@@ -271,11 +271,11 @@ def memory_and_training(engine: Engine, examples: list[Example], n: int, args) -
     order = sorted(range(len(train)), key=lambda i: -train[i].longest)[: args.micro_batch]
     sample = order + list(range(0, len(train), max(1, len(train) // 12)))
     sequences = flatten([train[i] for i in sample], [chosen[i] for i in sample], held)
-    engine.budget = budget_for(engine._base.config, engine._device, args.micro_batch * max(row.longest for row in train))
+    engine.budget = budget_for(engine._base.config, engine.device, args.micro_batch * max(row.longest for row in train))
     engine.logprobs(sequences[:2])
     with Peak() as scoring:
         engine.logprobs(sequences)
-    model = engine._model
+    model = engine.model
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     tokens, seconds = 0, 0.0
