@@ -245,12 +245,12 @@ def task(name: str, engine: Engine, tokenizer, examples: list[Example], n: int, 
     begin = time.perf_counter()
     exact = demonstrations()
     retrieval_seconds = time.perf_counter() - begin
-    plain = Reference(engine._model, train, exact, held, args.pair_batch if variants == 2 else BATCH)
+    plain = Reference(engine.model, train, exact, held, args.pair_batch if variants == 2 else BATCH)
     sides: dict[str, Side] = {"reference": plain, "engine": Trees(engine, plain.sequences)}
     if name == "alpaca" and args.groups:
         grouped = flatten(train, demonstrations(retrieval_groups=GROUPS), held)
         sides["engine, groups"] = Trees(engine, grouped)
-    sides["training"] = Training(engine._model, train, args.micro_batch, args.seed)
+    sides["training"] = Training(engine.model, train, args.micro_batch, args.seed)
     print(name, flush=True)
     stats, values = compare(sides, args.share, {"reference": 2 * variants}, args.seed)
     rows = sorted({index // (2 * variants) for index in values["reference"]})
@@ -315,11 +315,11 @@ def peak_memory(engine: Engine, examples: list[Example], n: int, args) -> dict:
     shown = [[(7 * i + j) % len(held) for j in range(K)] for i in sample]
     sequences = flatten([train[i] for i in sample], shown, held)
     rows = args.micro_batch * max(sum(len(s.tokens) for s in row.sequences) for row in train)
-    engine.budget = budget_for(engine._base.config, engine._device, rows)
+    engine.budget = budget_for(engine._base.config, engine.device, rows)
     engine.logprobs(sequences[:2])
     with Peak() as scoring:
         engine.logprobs(sequences)
-    step = Training(engine._model, [train[i] for i in longest], args.micro_batch * len(train[0].sequences))
+    step = Training(engine.model, [train[i] for i in longest], args.micro_batch * len(train[0].sequences))
     with Peak() as training:
         step.run(step.batches[0])
     return {"scoring_peak": scoring.bytes, "training_peak": training.bytes, "batch_tokens": engine.budget.tokens}

@@ -26,8 +26,8 @@ from .log import get_logger
 from .outputs import RunFiles
 from .retrieval import report_fewer, retrieve
 from .row_ids import ROW_IDS
+from .scoring import CONTRACT_COLUMNS, ScoringContext, balanced_score, scores_for_sets
 from .scoring.engine import Engine
-from .scoring.ica import ica_scores
 from .scoring.memory import budget_for
 from .weighting import Weights, weights_from_scores
 
@@ -72,6 +72,7 @@ class ICACallback(TrainerCallback):
         self._demonstrations: list[list[int]] | None = None
         self._injection: GradientInjection | None = None
         self._engine: Engine | None = None
+        self._kept: dict[str, Any] = {}  # what scorers keep between refreshes
         self._started = 0.0
         self._due = False
         self._last_refresh_step = 0
@@ -194,7 +195,8 @@ class ICACallback(TrainerCallback):
         elif self._demonstrations is None:
             everyone = self._on_all_ranks(lambda: self._retrieve(list(range(rank, len(self.train), ranks))))
             self._demonstrations = [demos for _, demos in sorted(pair for part in everyone for pair in part)]
-            report_fewer(self._demonstrations, self.config.k, len(self.holdout.shown))
+            if self.config.shows_demonstrations:
+                report_fewer(self._demonstrations, self.config.k, len(self.holdout.shown))
         mine = rows[rank::ranks] if shared else rows
         parts = self._on_all_ranks(lambda: self._score(mine) if self._budgeted is None else self._score_within_budget(mine))
         if self._budgeted is not None:
@@ -205,6 +207,8 @@ class ICACallback(TrainerCallback):
         if len(index) == 0:
             return
         columns = {name: np.concatenate([part[name] for part in parts])[first] for name in parts[0]}
+        if self._budgeted is None:
+            columns["score"] = balanced_score(self.config, columns)
         scored = columns.setdefault("scored", np.ones(len(index), bool))
         weights = self._weigh(columns)
         self.weights[torch.from_numpy(index)] = torch.from_numpy(weights.values).float()
@@ -230,6 +234,7 @@ class ICACallback(TrainerCallback):
                     "weight": weights.values,
                     "tokens": self.tokens[index],
                     "demos": [self._demonstrations[row] if now else [] for row, now in zip(index, scored, strict=True)],
+                    **{name: columns[name] for name in columns if name not in CONTRACT_COLUMNS and columns[name] is not columns["score"]},
                 }
             )
         self.refreshes += 1
@@ -253,40 +258,56 @@ class ICACallback(TrainerCallback):
         return [part for part, _ in gathered]
 
     def _retrieve(self, rows: list[int]) -> list[tuple[int, list[int]]]:
+        if not self.config.shows_demonstrations:
+            return [(row, []) for row in rows]
         tokenizer = self.trainer.processing_class
-        embed, holdout = self._get_engine().embeddings, self.holdout
+        embed, holdouts = self._get_engine().embeddings, [self.holdout.only(name) for name in self.holdout.sets]
         if self._budgeted is not None:
-            embed, holdout = functools.partial(self._budgeted.embed, embeddings=embed), self._budgeted.holdout
-        demonstrations = retrieve(
-            self.train,
-            holdout,
-            self.config,
-            rows=rows,
-            context=model_context(self.trainer.model),
-            embed=embed,
-            decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
-        )
-        return list(zip(rows, demonstrations, strict=True))
+            embed, holdouts = functools.partial(self._budgeted.embed, embeddings=embed), [self._budgeted.holdout]
+        demonstrations = [
+            retrieve(
+                self.train,
+                holdout,
+                self.config,
+                rows=rows,
+                context=model_context(self.trainer.model),
+                embed=embed,
+                decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+            )
+            for holdout in holdouts
+        ]
+        return [(row, sum(of_sets, [])) for row, *of_sets in zip(rows, *demonstrations, strict=True)]
 
     def _score(self, rows: list[int]) -> dict[str, np.ndarray]:
-        examples = [self.train[row] for row in rows]
-        total = 2 * sum(len(row.sequences) for row in examples if row.can_be_scored)
+        sequences = 2 * sum(len(self.train[row].sequences) for row in rows if self.train[row].can_be_scored)
         with tqdm(
-            total=total, desc="ICA scoring", unit="seq", leave=False, disable=not self.trainer.is_local_process_zero()
+            total=sequences if self.config.score == "ica" else None, desc="ICA scoring", unit="seq", leave=False,
+            disable=not self.trainer.is_local_process_zero(),
         ) as bar:
-            scores = ica_scores(
-                self._get_engine(),
-                examples,
-                [self._demonstrations[row] for row in rows],
-                self.holdout.examples,
-                length_normalize=self.length_normalize,
-                progress=bar.update,
-            )
-        return {"row": np.array(rows, dtype=np.int64), "base": scores.base, "context": scores.context, "score": scores.score}
+            demonstrations = [self._demonstrations[row] for row in rows]
+            scores = scores_for_sets(self.scoring_context(rows, demonstrations, bar.update))
+            return {"row": np.array(rows, dtype=np.int64), **scores}
+
+    def scoring_context(self, rows: list[int], demonstrations: list[list[int]], progress: Any = lambda done: None) -> ScoringContext:
+        """What scorers see of the policy as it is now, for `rows` of the train set and the demonstrations of each."""
+        return ScoringContext(
+            engine=self._get_engine(),
+            config=self.config,
+            train=self.train,
+            rows=rows,
+            demonstrations=demonstrations,
+            holdout=self.holdout,
+            length_normalize=self.length_normalize,
+            beta=float(getattr(self.trainer, "beta", None) or getattr(self.trainer.args, "beta", None) or 0.1),
+            limit=model_context(self.trainer.model),
+            optimizer=self.trainer.optimizer,
+            kept=self._kept,
+            progress=progress,
+        )
 
     def _weigh(self, columns: dict[str, np.ndarray]) -> Weights:
         rows = columns["row"]
-        neutral = np.array([not self._demonstrations[row] for row in rows])
+        neutral = np.array([self.config.shows_demonstrations and not self._demonstrations[row] for row in rows])
         if self._budgeted is None:
             return weights_from_scores(
                 columns["score"], self.config, tokens=self.tokens[rows], by_token=self.train[0].kind == "sft", neutral=neutral
@@ -321,7 +342,11 @@ class ICACallback(TrainerCallback):
                 self._demonstrations[row] = demos
             return [self._demonstrations[row] for row in chosen]
 
-        return self._budgeted.score(rows, self._get_engine(), retrieve_rows, self._score)
+        def score(chosen: list[int]) -> dict[str, np.ndarray]:
+            columns = self._score(chosen)
+            return {**columns, "score": columns["ica"]}
+
+        return self._budgeted.score(rows, self._get_engine(), retrieve_rows, score)
 
     def _get_engine(self) -> Engine:
         if self._engine is None:
@@ -397,8 +422,7 @@ class ICACallback(TrainerCallback):
 
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:
-        holdout = self.holdout.examples if self.holdout else []
-        return fingerprint(self.config, self.train, holdout, self._given, self.trainer.model)
+        return fingerprint(self.config, self.train, self.holdout, self._given, self.trainer.model)
 
     def _training_seconds(self) -> float:
         """Seconds of this run so far without scoring, those before a resume included."""
@@ -441,9 +465,10 @@ class ICACallback(TrainerCallback):
         trained = max(self._training_seconds(), 1e-9)
         scored = int(columns["scored"].sum())
         get_logger().info(
-            "refresh %d at step %d: %d rows scored in %.1f s; score %.2f ± %.2f nats; weights %.3g to %.3g, effective "
+            "refresh %d at step %d: %d rows scored in %.1f s; score %.2f ± %.2f%s; weights %.3g to %.3g, effective "
             "sample size %.0f %%, %.1f %% of rows at max_weight.",
             self.refreshes, self.trainer.state.global_step, scored, seconds, mean, spread,
+            " nats" if self.config.score == "ica" else "",
             weights.values.min(), weights.values.max(), 100 * weights.effective_sample_size, 100 * share_clipped,
         )
         if self._budgeted is not None:

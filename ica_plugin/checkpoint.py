@@ -18,6 +18,7 @@ from torch import nn
 from .config import ICAConfig
 from .errors import ICAError
 from .examples import Example
+from .holdout import Holdout
 from .log import get_logger
 
 STATE_FILE = "ica_state.safetensors"
@@ -73,13 +74,13 @@ def load_state(folder: str | os.PathLike) -> State | None:
         ) from error
 
 
-def fingerprint(config: ICAConfig, train: list[Example], holdout: list[Example], given: Any, model: nn.Module) -> dict[str, Any]:
+def fingerprint(config: ICAConfig, train: list[Example], holdout: Holdout | None, given: Any, model: nn.Module) -> dict[str, Any]:
     """What must be the same for a state to be the run's own, by the name a user knows it by.
 
     Args:
         config: the block.
         train: train rows, in order.
-        holdout: holdout rows, in order.
+        holdout: rows and named sets; None with given weights.
         given: given weights, or None.
         model: the policy; the names and shapes of its parameters count, and the name of its folder.
     """
@@ -88,7 +89,7 @@ def fingerprint(config: ICAConfig, train: list[Example], holdout: list[Example],
     shapes = (f"{key}{tuple(parameter.shape)}" for key, parameter in base.named_parameters())
     return {
         "train rows": _digest(sequence.digest for row in train for sequence in row.sequences),
-        "holdout": _digest(sequence.digest for row in holdout for sequence in row.sequences),
+        "holdout": _digest(_parts_of_holdout(holdout)) if holdout is not None else None,
         "weights": _digest([given.tobytes().hex()]) if given is not None else None,
         "model": f"{type(base).__name__} {name} {_digest(shapes)}",
         "block": config.model_dump(mode="json", exclude=FREE_KEYS | {"holdout", "weights"}),
@@ -103,6 +104,11 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if before.get(key) != after.get(key):
             found.append(f"ica.{key} (then {before.get(key)!r}, now {after.get(key)!r})")
     return found
+
+
+def _parts_of_holdout(holdout: Holdout) -> Iterable[str]:
+    yield from (sequence.digest for row in holdout.examples for sequence in row.sequences)
+    yield json.dumps(holdout.sets)
 
 
 def _digest(parts: Iterable[str]) -> str:

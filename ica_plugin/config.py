@@ -8,8 +8,34 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ICAError
+from .scoring.expression import SHOWS_DEMONSTRATIONS, parse_score, parts_of
 
 BUILTIN_RETRIEVAL = ("policy", "bm25", "random")
+
+
+class HoldoutAdapter(BaseModel):
+    """`holdout_adapter:`, the LoRA tuned on the holdout that `rho` and `lossdiff` compare with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str | None = Field(None, min_length=1, description="A saved LoRA on the same base, instead of training one.")
+    r: int = Field(8, ge=1, description="Rank.")
+    steps: int = Field(100, ge=1, description="Optimizer steps of 8 holdout rows each.")
+    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False, description="Of AdamW, falling linearly to 0.")
+
+
+class Influence(BaseModel):
+    """`influence:`, what the scorer of that name does with the gradients."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    adam: bool = Field(False, description="Precondition the row's gradient with the optimizer's moments (LESS).")
+    truncate: tuple[float, float] | None = Field(None, description="Two quantiles outside of which influence does not count (TIF).")
+
+    @field_validator("truncate")
+    @classmethod
+    def _check_truncate(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        return value if value is None else check_quantiles(value)
 
 
 class ICAConfig(BaseModel):
@@ -17,8 +43,11 @@ class ICAConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
-    holdout: str | dict[str, Any] | None = Field(
-        None, description="The good examples: a path, a hub id, or a dataset entry as under the host's `datasets`."
+    holdout: str | dict[str, Any] | list[dict[str, Any]] | None = Field(
+        None, description="The good examples: a path, a hub id, a dataset entry as under the host's `datasets`, or a list of named sets."
+    )
+    balance: Literal["mean", "max", "round_robin"] = Field(
+        "mean", description="How the scores against several holdout sets become one: mean | max | round_robin."
     )
     k: int = Field(3, ge=1, description="Demonstrations per row.")
     refresh_interval: Literal["never", "epoch"] | int | float = Field(
@@ -38,7 +67,10 @@ class ICAConfig(BaseModel):
     band: tuple[float, float] = Field(
         (0.25, 0.75), description="Of `weighting: band`: rows between these two quantiles are weighted alike; the rest is 0."
     )
-    score: Literal["ica"] = Field("ica", description="The scorer.")
+    score: str = Field("ica", description="A scorer, or a sum as in `ica + likelihood` or `0.5*ica + likelihood`; see docs/scorers.md.")
+    combine: Literal["rank", "zscore"] = Field("rank", description="How the scorers of a sum are put on one scale.")
+    holdout_adapter: HoldoutAdapter = Field(HoldoutAdapter(), description="Of `rho` and `lossdiff`: path, or r, steps, learning_rate.")
+    influence: Influence = Field(Influence(), description="Of `influence`: adam, truncate.")
     length_normalize: bool | None = Field(
         None, description="Preference pairs: mean log-prob per token instead of the sum. Default: true for SimPO and ORPO."
     )
@@ -59,7 +91,7 @@ class ICAConfig(BaseModel):
     on_resume_mismatch: Literal["error", "rescore"] = Field(
         "error", description="A checkpoint whose data, holdout, model or block differs: stop, or score all rows again."
     )
-    seed: int = Field(42, ge=0, description="Of random retrieval.")
+    seed: int = Field(42, ge=0, description="Of random retrieval, the `random` scorer, the holdout adapter and `datainf`'s sample.")
 
     @model_validator(mode="before")
     @classmethod
@@ -90,13 +122,26 @@ class ICAConfig(BaseModel):
     @field_validator("band")
     @classmethod
     def _check_band(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= value[0] < value[1] <= 1:
-            raise ValueError("two quantiles with 0 ≤ low < high ≤ 1, as in [0.25, 0.75]")
-        return value
+        return check_quantiles(value)
+
+    @field_validator("score")
+    @classmethod
+    def _check_score(cls, value: str) -> str:
+        try:
+            parse_score(value)
+        except ICAError as error:
+            raise ValueError(str(error)) from None
+        return value.strip()
 
     @field_validator("holdout")
     @classmethod
-    def _check_holdout(cls, value: str | dict | None) -> str | dict | None:
+    def _check_holdout(cls, value: str | dict | list | None) -> str | dict | list | None:
+        if isinstance(value, list):
+            names = [entry.get("name") for entry in value]
+            if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+                raise ValueError("a list of holdout sets needs a `name` of its own for each, as in `- name: maths` with `path: maths.jsonl`")
+            if any(len(entry) < 2 for entry in value):
+                raise ValueError("every holdout set needs a `path` beside its `name`")
         if value in ("", {}):
             raise ValueError("is empty; give a path, a hub id, or a dataset entry with `path:`")
         return value
@@ -105,7 +150,23 @@ class ICAConfig(BaseModel):
     def _check_source(self) -> ICAConfig:
         if self.holdout is None and self.weights is None:
             raise ValueError("`holdout` is required: a path, a hub id or a dataset entry (or give `weights`)")
+        if self.budget is not None and (self.score != "ica" or len(self.sets) > 1):
+            raise ValueError("`budget` goes with `score: ica` and one holdout alone; remove it, or the others")
         return self
+
+    @property
+    def sets(self) -> dict[str, ICAConfig]:
+        """The block for each holdout set alone, by the set's name; "" where there is one holdout without a name."""
+        if not isinstance(self.holdout, list):
+            return {"": self}
+        alone = [(entry["name"], {key: value for key, value in entry.items() if key != "name"}) for entry in self.holdout]
+        # A path alone is read like the run's first dataset.
+        return {name: self.model_copy(update={"holdout": entry["path"] if list(entry) == ["path"] else entry}) for name, entry in alone}
+
+    @property
+    def shows_demonstrations(self) -> bool:
+        """Whether a scorer of `score` needs each row's demonstrations."""
+        return not SHOWS_DEMONSTRATIONS.isdisjoint(parts_of(parse_score(self.score)))
 
     def interval_steps(self, total_steps: int) -> int | None:
         """Optimizer steps between refreshes; None where the interval is not counted in steps."""
@@ -114,6 +175,13 @@ class ICAConfig(BaseModel):
         if isinstance(self.refresh_interval, int):
             return self.refresh_interval
         return max(1, round(self.refresh_interval * total_steps))
+
+
+def check_quantiles(value: tuple[float, float]) -> tuple[float, float]:
+    """Two quantiles in order; raises ValueError otherwise."""
+    if not 0 <= value[0] < value[1] <= 1:
+        raise ValueError("two quantiles with 0 ≤ low < high ≤ 1, as in [0.25, 0.75]")
+    return value
 
 
 def parse_config(block: Any) -> ICAConfig:

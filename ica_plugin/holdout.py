@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .errors import ICAError
@@ -19,11 +19,17 @@ class Holdout:
         examples: all holdout rows, in the order of the file.
         shown: indices of the rows that may be demonstrations: with a supervised token, and desirable.
         hidden_from: per train row, the holdout indices that are that very row and so are never shown to it.
+        sets: the part of `shown` in each named set; "" where there is one holdout without a name.
     """
 
     examples: list[Example]
     shown: list[int]
     hidden_from: list[frozenset[int]]
+    sets: dict[str, list[int]] = field(default_factory=dict)
+
+    def only(self, name: str) -> Holdout:
+        """The holdout with no other rows shown than those of one set."""
+        return replace(self, shown=self.sets[name])
 
     @property
     def rows_in_train(self) -> int:
@@ -54,7 +60,7 @@ def check_holdout(source: str, examples: list[Example], train: list[Example], co
     hidden = [
         frozenset(index for digest in digests([row]) for index in by_digest.get(digest, ())) for row in train
     ]
-    holdout = Holdout(examples, usable, hidden)
+    holdout = Holdout(examples, usable, hidden, {"": usable})
     if holdout.rows_in_train:
         get_logger().warning(
             "%d of %d train rows are also in the holdout (%s). They are never shown to themselves, but a holdout that is "
@@ -62,6 +68,21 @@ def check_holdout(source: str, examples: list[Example], train: list[Example], co
             holdout.rows_in_train, len(train), source,
         )
     return holdout
+
+
+def joined(sets: dict[str, Holdout]) -> Holdout:
+    """Named holdouts as one, whose examples stand one after the other and whose `sets` tell them apart."""
+    if len(sets) == 1:
+        name, alone = next(iter(sets.items()))
+        return replace(alone, sets={name: alone.shown})
+    examples, by_name = [], {}
+    hidden = [frozenset()] * len(next(iter(sets.values())).hidden_from)
+    for name, part in sets.items():
+        start = len(examples)
+        examples += part.examples
+        by_name[name] = [start + index for index in part.shown]
+        hidden = [before | {start + index for index in more} for before, more in zip(hidden, part.hidden_from, strict=True)]
+    return Holdout(examples, [index for shown in by_name.values() for index in shown], hidden, by_name)
 
 
 def usable_holdout_rows(source: str, examples: list[Example], context: int | None) -> list[int]:

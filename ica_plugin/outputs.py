@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -28,6 +29,8 @@ SCHEMA = pa.schema(
     ]
 )
 
+# Key of a scores file's metadata: rows of the data file, where not all of them became train rows in their order.
+SOURCE_ROWS = "ica_source_rows"
 PACKAGES = ("ica-plugin", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "axolotl", "llamafactory")
 
 
@@ -39,18 +42,22 @@ class RunFiles:
         self._tables: list[pa.Table] = []
 
     def add_scores(self, columns: dict[str, Any]) -> None:
-        """Add the rows of one refresh to scores.parquet. `columns`: the names of SCHEMA; NaN becomes null."""
-        arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in SCHEMA]
-        self._tables.append(pa.Table.from_arrays(arrays, schema=SCHEMA))
-        table = pa.concat_tables(self._tables)
+        """Add the rows of one refresh to scores.parquet.
+
+        Args:
+            columns: the names of SCHEMA, and further ones of float64; NaN becomes null.
+        """
+        self._tables.append(score_table(columns))
+        table = pa.concat_tables(self._tables, promote_options="default")  # a resumed run may have other scorers
         self._write("scores.parquet", lambda path: pq.write_table(table, path))
 
     def keep_scores(self, refreshes: int) -> None:
         """Take over what scores.parquet holds of the first `refreshes` refreshes: a resumed run goes on from there."""
         path = self.folder / "scores.parquet"
         try:
-            table = pq.read_table(path, schema=SCHEMA)
-        except (OSError, pa.ArrowInvalid) as error:
+            table = pq.read_table(path)
+            table = table.select([*SCHEMA.names, *(name for name in table.column_names if name not in SCHEMA.names)])
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
             if refreshes:
                 get_logger().warning("%s cannot be read (%s), so it begins anew with refresh %d.", path, error, refreshes)
             return
@@ -72,6 +79,38 @@ class RunFiles:
                 "%s could not be written (%s). Training goes on with the right weights; free the disk or fix the folder's "
                 "permissions and the next refresh writes it again.", self.folder / name, error,
             )
+
+
+class ScoreFile(RunFiles):
+    """Writes the scores of `ica-plugin score`, and nothing else, to one file.
+
+    Args:
+        path: where.
+        source: int64 [train rows], each train row's place in the data file; None where it is the row's own index.
+        source_rows: rows of the data file, where `source` is given.
+    """
+
+    def __init__(self, path: Path, source: np.ndarray | None = None, source_rows: int | None = None):
+        self.path, self.source, self.source_rows = path, source, source_rows
+
+    def add_scores(self, columns: dict[str, Any]) -> None:
+        if self.source is not None:
+            columns = {**columns, "source": self.source[columns["row"]]}
+        table = score_table(columns)
+        if self.source_rows is not None:
+            table = table.replace_schema_metadata({SOURCE_ROWS: str(self.source_rows)})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, self.path)
+
+    def write_run(self, record: dict[str, Any]) -> None:
+        pass
+
+
+def score_table(columns: dict[str, Any]) -> pa.Table:
+    """The columns of SCHEMA, then the others (float64), as a table; NaN becomes null."""
+    further = [(name, pa.int64() if name == "source" else pa.float64()) for name in columns if name not in SCHEMA.names]
+    schema = pa.schema([*SCHEMA, *further])
+    return pa.Table.from_arrays([pa.array(columns[field.name], field.type, from_pandas=True) for field in schema], schema=schema)
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from scipy.stats import rankdata
 
 from .config import ICAConfig
 from .errors import ICAError
+from .scoring.expression import BAND_SCORERS
 
 MAX_BAD_SHARE = 0.05
 
@@ -102,6 +103,8 @@ def _raw_weights(scores: np.ndarray, config: ICAConfig) -> np.ndarray:
         chosen = np.zeros(n)
         chosen[np.argsort(-scores, kind="stable")[: max(1, round(config.keep * n))]] = 1.0
         return chosen
+    if config.score in BAND_SCORERS:  # its scores are depths in that band already
+        return (scores >= 0).astype(np.float64)
     low, high = np.quantile(scores, config.band)
     return ((scores >= low) & (scores <= high)).astype(np.float64)
 

@@ -74,7 +74,7 @@ def test_a_row_on_which_the_policy_is_nan_has_weight_0_and_no_other_row_notices(
     callback = callback_of(trainer)
     engine = callback._get_engine()
     base = engine._base
-    engine._chosen = PaddedPath(model, base, engine._device) if path == "padded" else PackedPath(model, base, engine._device, path)
+    engine._chosen = PaddedPath(model, base, engine.device) if path == "padded" else PackedPath(model, base, engine.device, path)
     callback.on_train_begin(trainer.args, trainer.state, trainer.control)
     callback.refresh(list(range(ROWS)), shared=True)
     assert "1 row(s) have a NaN or infinite score and weight 0: [7]" in capfd.readouterr().err

@@ -27,7 +27,7 @@ from ..callback import ICACallback
 from ..config import ICAConfig, parse_config
 from ..errors import ICAError
 from ..examples import Example, read_examples
-from ..holdout import check_holdout, json_error
+from ..holdout import check_holdout, joined, json_error
 from ..versions import warn_if_untested
 from ..weights_file import read_weights
 from .trainer import attach_examples
@@ -206,7 +206,7 @@ def attach(trainer: Trainer, config: ICAConfig) -> ICACallback:
         feature = getattr(trainer.train_dataset, "features", {}).get(column)
         if feature is not None and getattr(feature, "dtype", None) != "null":
             raise ICAError(f"the training rows have `{column}`, and ica_plugin cannot score multimodal rows yet. Remove the `ica:` block.")
-    return attach_examples(trainer, config, read_holdout=lambda: _read_holdout(trainer, config, run))
+    return attach_examples(trainer, config, read_holdout=lambda one: _read_holdout(trainer, one, run))
 
 
 def _read_holdout(trainer: Trainer, config: ICAConfig, run: Any) -> tuple[str, list[Example]]:
@@ -345,21 +345,69 @@ def validate(path: Path) -> dict[str, Any]:
     if config.weights is not None:
         weights = read_weights(config.weights, len(train))
         return {**found, "weights": f"{config.weights}, mean {sum(weights) / len(weights):.3g}"}
-    source, rows = load_holdout(config, model_args, data_args, training_args, stage, template, tokenizer)
-    context = AutoConfig.from_pretrained(
+    sets = {
+        name: load_holdout(one, model_args, data_args, training_args, stage, template, tokenizer) for name, one in config.sets.items()
+    }
+    model = AutoConfig.from_pretrained(
         model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
     ).get_text_config()
-    holdout = check_holdout(
-        source, _not_too_long(source, read_examples(rows, _one_row), data_args.cutoff_len), read_examples(train, _one_row),
-        getattr(context, "max_position_embeddings", None),
+    context, rows_of_run = getattr(model, "max_position_embeddings", None), read_examples(train, _one_row)
+    holdout = joined(
+        {
+            name: check_holdout(
+                source, _not_too_long(source, read_examples(rows, _one_row), data_args.cutoff_len), rows_of_run, context
+            )
+            for name, (source, rows) in sets.items()
+        }
     )
     return {
         **found,
-        "holdout rows": f"{len(rows)} ({source})",
+        "holdout rows": ", ".join(f"{len(rows)} ({source})" for source, rows in sets.values()),
         "usable as demonstrations": len(holdout.shown),
         "train rows that are also in the holdout": holdout.rows_in_train,
         "block": config.model_dump(exclude_none=True),
     }
+
+
+def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, None]:
+    """The trainer that `ica-llamafactory train` would build, with the plugin attached, and nothing trained.
+
+    Args:
+        path: the config.
+        changes: keys of the `ica:` block that replace the config's.
+
+    Returns:
+        the callback, and None: LLaMA-Factory keeps the rows in the order of the file.
+
+    Raises:
+        ICAError: what is wrong with the config.
+    """
+    from llamafactory.train import tuner
+
+    warn_if_untested("llamafactory")
+    args = yaml.safe_load(path.read_text())
+    block = parse_config(args.pop("ica", None)).model_dump(exclude_unset=True)
+    config = parse_config({**block, "weights": None, **changes})
+    refuse_unsupported(args, config)
+    found: list[ICACallback] = []
+
+    class Attached(Exception):
+        pass
+
+    def stop(trainer: Trainer, *_: Any, **__: Any) -> None:
+        found.append(attach(trainer, config))
+        raise Attached
+
+    host_train = Trainer.train
+    Trainer.train = stop
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Attached):
+            tuner.run_exp({**args, "output_dir": folder, "report_to": "none", "plot_loss": False})
+    finally:
+        Trainer.train = host_train
+    if not found:
+        raise ICAError("LLaMA-Factory ended without handing its trainer to transformers' `train()`; please report the config and its version.")
+    return found[0], None
 
 
 def _one_row(features: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..callback import ICACallback, model_context
 from ..config import ICAConfig, parse_config
 from ..errors import ICAError
 from ..examples import Example, read_examples
-from ..holdout import check_holdout, json_error
+from ..holdout import check_holdout, joined, json_error
 from ..injection import trains_output_embedding
 from ..log import get_logger
 from ..row_ids import NO_ROW, ROW_IDS, RowIdCollator, row_ids_of
@@ -71,8 +71,10 @@ def attach(
         given = weights.detach().float().cpu().numpy() if torch.is_tensor(weights) else weights
     parsed = parse_config(block)
     _refuse_trl_settings(trainer)
-    source = parsed.holdout if holdout is None or isinstance(holdout, Path) else holdout
-    return attach_examples(trainer, parsed, read_holdout=lambda: _read_holdout(trainer, source, str(parsed.holdout)), weights=given)
+    rows = None if holdout is None or isinstance(holdout, Path) else holdout
+    return attach_examples(
+        trainer, parsed, read_holdout=lambda one: _read_holdout(trainer, one.holdout if rows is None else rows, str(one.holdout)), weights=given
+    )
 
 
 def _refuse_trl_settings(trainer: Trainer) -> None:
@@ -131,7 +133,7 @@ def attach_examples(
     trainer: Trainer,
     config: ICAConfig,
     *,
-    read_holdout: Callable[[], tuple[str, list[Example]]] | None,
+    read_holdout: Callable[[ICAConfig], tuple[str, list[Example]]],
     weights: Any = None,
 ) -> ICACallback:
     """Make a trainer train with weights: what all hosts share.
@@ -142,7 +144,8 @@ def attach_examples(
     Args:
         trainer: before `train()`.
         config: the block.
-        read_holdout: returns the holdout's name for messages and its rows; None with given weights.
+        read_holdout: takes the block for one holdout set, and returns the set's name for messages and its rows. Not called
+            with given weights.
         weights: float [n], a weight per row of `trainer.train_dataset`, instead of the block's `weights`.
 
     Raises:
@@ -163,8 +166,8 @@ def attach_examples(
     if weights is not None or config.weights is not None:
         given = _given_weights(trainer, weights, config, row_ids, len(train))
     else:
-        source, rows = read_holdout()
-        holdout = check_holdout(source, rows, train, model_context(trainer.model))
+        context = model_context(trainer.model)
+        holdout = joined({name: check_holdout(*read_holdout(one), train, context) for name, one in config.sets.items()})
     callback = ICACallback(
         trainer, config, train, holdout, given=given, length_normalize=_length_normalize(trainer, config)
     )

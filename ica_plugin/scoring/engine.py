@@ -38,6 +38,10 @@ class Engine:
         autocast: makes the context of the trainer's own precision.
         budget: bounds of one forward, halved whenever memory runs out; default: of a training step on 4,096 tokens.
 
+    Attributes:
+        model: the policy.
+        device: where inputs go.
+
     Raises:
         ICAError: prompt tuning, whose virtual tokens stand before every row.
     """
@@ -53,11 +57,11 @@ class Engine:
         adapter = getattr(model, "active_peft_config", None)
         if getattr(adapter, "is_prompt_learning", False):
             raise ICAError(f"{adapter.peft_type.value} adapters are not supported by ica_plugin: their virtual tokens stand before every row. Use LoRA.")
-        self._model = model
+        self.model = model
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._autocast = autocast
-        self.budget = budget or budget_for(self._base.config, self._device, 4096)
+        self.budget = budget or budget_for(self._base.config, self.device, 4096)
         self._chosen: Path | None = None
 
     @property
@@ -173,15 +177,15 @@ class Engine:
         get_logger().warning("out of memory while scoring; at most %d tokens per forward from here on.", self.budget.tokens)
 
     def _choose(self) -> tuple[Path, str | None]:
-        padded = PaddedPath(self._model, self._base, self._device)
+        padded = PaddedPath(self.model, self._base, self.device)
         reason = why_not_packed(self._base)
         if reason is not None:
             return padded, reason
         probe = _probe(self._base.config.get_text_config().vocab_size)
         expected = np.concatenate(padded.token_logprobs(probe))
         # Dense attention is one kernel, which is what a GPU wants; on a CPU the fewest operations win.
-        for attention in ("segments", "dense") if self._device.type == "cpu" else ("dense",):
-            packed = PackedPath(self._model, self._base, self._device, attention)
+        for attention in ("segments", "dense") if self.device.type == "cpu" else ("dense",):
+            packed = PackedPath(self.model, self._base, self.device, attention)
             try:
                 error = np.concatenate(packed.token_logprobs(probe)) - expected
             except Exception as caught:
@@ -194,9 +198,15 @@ class Engine:
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
-        with evaluating(self._model), self._autocast():
+        with self.undisturbed():
             yield
-        if self._device.type == "cuda":
+
+    @contextmanager
+    def undisturbed(self, gradient: bool = False) -> Iterator[None]:
+        """Eval mode under the trainer's precision; training notices nothing of it, as under `evaluating`."""
+        with evaluating(self.model, gradient), self._autocast():
+            yield
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
@@ -209,8 +219,8 @@ def _probe(vocabulary: int) -> list[Sequence]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradient; every module's own mode and all random states are put back afterwards.
+def evaluating(model: nn.Module, gradient: bool = False) -> Iterator[None]:
+    """Eval mode, without gradient unless asked for; every module's own mode and all random states are put back afterwards.
 
     On a CPU, bitsandbytes' 4-bit layers repack their weights at the first inference forward into a layout that has no
     backward, and keep it: training after it would get no gradient through them. That is switched off meanwhile.
@@ -220,7 +230,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(gradient):
             model.eval()
             for module in repacking:
                 module.support_avx512bf16_for_cpu = False

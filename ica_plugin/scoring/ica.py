@@ -23,11 +23,13 @@ class Scores:
         context: the same after the demonstrations.
         score: context − base, with the sign turned for undesirable unpaired rows; NaN where a row has no
             supervised token or no demonstration.
+        sums: float64 [n, sequences]; summed log-prob of each sequence without demonstrations, NaN where not scored.
     """
 
     base: np.ndarray
     context: np.ndarray
     score: np.ndarray
+    sums: np.ndarray
 
 
 def ica_scores(
@@ -56,6 +58,7 @@ def ica_scores(
     # Rows with the same first demonstrations next to each other: they share that part of the forward.
     scored.sort(key=lambda i: demonstrations[i])
     base, context = np.full(len(examples), np.nan), np.full(len(examples), np.nan)
+    alone = np.full((len(examples), max((len(row.sequences) for row in examples), default=1)), np.nan)
     for start in range(0, len(scored), ROWS_PER_BLOCK):
         block = scored[start : start + ROWS_PER_BLOCK]
         flat: list[Sequence] = []
@@ -66,9 +69,10 @@ def ica_scores(
         values = iter(engine.logprobs(flat, progress))
         for i in block:
             sums = []
-            for sequence in examples[i].sequences:
+            for side, sequence in enumerate(examples[i].sequences):
                 tokens = int(sequence.scored.sum()) if length_normalize else 1
-                sums.append((next(values) / tokens, next(values) / tokens))
+                alone[i, side] = next(values)
+                sums.append((alone[i, side] / tokens, next(values) / tokens))
             base[i], context[i] = sums[0] if len(sums) == 1 else np.subtract(sums[0], sums[1])
     score = context - base
     for i, row in enumerate(examples):
@@ -76,7 +80,7 @@ def ica_scores(
             score[i] = np.nan
         elif not row.desirable:
             score[i] = -score[i]
-    return Scores(base, context, score)
+    return Scores(base, context, score, alone)
 
 
 def in_context(sequence: Sequence, demonstrations: list[np.ndarray]) -> Sequence:

@@ -1,0 +1,1 @@
+"""What `ica-plugin` does beside validating: score, select, report, audit."""

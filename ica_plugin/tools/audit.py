@@ -1,0 +1,296 @@
+"""`ica-plugin audit`: what the scorers say of given data and a given model, before anyone spends a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata, spearmanr
+
+from ..callback import ICACallback, model_context
+from ..config import ICAConfig
+from ..errors import ICAError
+from ..examples import Example
+from ..holdout import Holdout
+from ..log import get_logger
+from ..retrieval import retrieve
+from ..scoring import ScoringContext, scores_for, total_score
+from .noise import corrupted
+from .page import Section, picture, write_page
+
+ALWAYS = ("ica", "likelihood", "ica + likelihood", "one_shot", "rds", "random")
+WITH_ADAPTER = ("influence",)
+# Scores between these two quantiles differ little, so agreement is read at the ends, which weights and filters act on.
+DECILE = 0.1
+SHOWN_ROWS = 5
+
+
+def write_audit(host: ModuleType, config: Path, out: Path, *, rows: int, planted: int, scorers: list[str] | None) -> Path:
+    """Score a sample of the train rows in every way, and write what it shows as one HTML file with JSON beside it.
+
+    Args:
+        host: the host's module, with `attached`.
+        config: the host's config; nothing is trained, except by `rho` and `lossdiff` if asked for.
+        out: the HTML file.
+        rows: train rows in the sample, drawn by the block's seed.
+        planted: rows of the sample that are also scored corrupted.
+        scorers: what stands under `score:`, each one; default: all that the run's rows and model allow without training.
+
+    Returns:
+        the HTML file.
+
+    Raises:
+        ICAError: what is wrong with the config, or a scorer that is not defined for it.
+    """
+    callback, _ = host.attached(config, {})
+    if callback.trainer.accelerator.num_processes > 1:
+        raise ICAError("the audit runs in one process; start it without a launcher.")
+    numbers = audit_numbers(callback, rows=rows, planted=planted, scorers=scorers)
+    write_page(out, f"ICA audit: {config.name}", _sections(numbers), numbers)
+    return out
+
+
+def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: list[str] | None = None) -> dict[str, Any]:
+    """The numbers of the page; see `write_audit`.
+
+    Returns:
+        `data` (counts), `scores` (one dict per scorer: mean, std, quantiles, seconds), `agreement` (one dict per pair of
+        scorers: rank correlation, overlap of the best and of the worst tenth, chance is 0.1), `influence` (the same of each
+        scorer with exact influence; empty for a full finetune), `sensitivity` (of ICA), `noise` (AUROC by kind of
+        corruption and scorer: 1 ranks every clean row above its corrupted copies, 0.5 is chance), `best` and `worst` rows
+        by the block's own score, with their text, and `values` (the sample's scores by scorer).
+    """
+    seed = callback.config.seed
+    rng = np.random.default_rng(seed)
+    scorable = [i for i, row in enumerate(callback.train) if row.can_be_scored]
+    if len(scorable) < 20:
+        raise ICAError(f"an audit needs at least 20 train rows with supervised tokens, and there are {len(scorable)}.")
+    sample = sorted(rng.choice(scorable, min(rows, len(scorable)), replace=False).tolist())
+    audit = _Audit(callback, sample)
+    names = list(dict.fromkeys([*(scorers or _defined(callback)), callback.config.score]))
+    values, described = {}, []
+    for name in names:
+        get_logger().info("audit: %d rows by %s.", len(sample), name)
+        begin = time.monotonic()
+        values[name] = audit.score(name)
+        finite = values[name][np.isfinite(values[name])]
+        described.append(
+            {
+                "scorer": name, "mean": float(finite.mean()), "std": float(finite.std()),
+                **{f"q{int(100 * q)}": float(np.quantile(finite, q)) for q in (0.01, 0.25, 0.5, 0.75, 0.99)},
+                "without a score": int(len(sample) - len(finite)), "seconds, alone": time.monotonic() - begin,
+            }
+        )
+    agreement = [
+        {"scorer": a, "with": b, **_agreement(values[a], values[b])} for i, a in enumerate(names) for b in names[i + 1 :]
+    ]
+    tokenizer = callback.trainer.processing_class
+    ranked = np.argsort(-values[callback.config.score], kind="stable")
+    ranked = ranked[np.isfinite(values[callback.config.score][ranked])]
+
+    def texts(index: np.ndarray) -> list[dict[str, Any]]:
+        return [
+            {
+                "row": sample[i], "score": float(values[callback.config.score][i]),
+                **{
+                    side: tokenizer.decode(sequence.tokens)[:1500]
+                    for side, sequence in zip(("text", "rejected"), callback.train[sample[i]].sequences, strict=False)
+                },
+            }
+            for i in index
+        ]
+
+    return {
+        "data": {
+            "train rows": len(callback.train), "rows in the sample": len(sample), "kind": callback.train[0].kind,
+            "without supervised tokens": len(callback.train) - len(scorable), "holdout rows": len(callback.holdout.examples),
+            "shown as demonstrations": len(callback.holdout.shown), "train rows that are also in the holdout": callback.holdout.rows_in_train,
+            "median supervised tokens": float(np.median([callback.train[i].supervised_tokens for i in scorable])),
+            "score of the config": callback.config.score,
+        },
+        "scores": described,
+        "agreement": agreement,
+        "influence": [{"scorer": n, **_agreement(values[n], values["influence"])} for n in names if n != "influence"] if "influence" in names else [],
+        "sensitivity": audit.sensitivity(),
+        "noise": audit.noise(names, planted, rng),
+        "best": texts(ranked[:SHOWN_ROWS]),
+        "worst": texts(ranked[::-1][:SHOWN_ROWS]),
+        "values": {name: column.tolist() for name, column in values.items()},
+    }
+
+
+class _Audit:
+    """One policy, one sample of rows, scored in several ways."""
+
+    def __init__(self, callback: ICACallback, sample: list[int]):
+        self.callback, self.sample = callback, sample
+        self.engine = callback.scoring_context([], []).engine
+        self.demonstrations = self.retrieve(callback.config, callback.holdout)
+
+    def retrieve(self, config: ICAConfig, holdout: Holdout) -> list[list[int]]:
+        callback = self.callback
+        tokenizer = callback.trainer.processing_class
+        return retrieve(
+            callback.train, holdout, config, rows=self.sample, context=model_context(callback.trainer.model),
+            embed=self.engine.embeddings, decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+        )
+
+    def context(self, score: str, demonstrations: list[list[int]] | None = None) -> ScoringContext:
+        demonstrations = self.demonstrations if demonstrations is None else demonstrations
+        context = self.callback.scoring_context(self.sample, demonstrations)
+        return dataclasses.replace(context, config=self.callback.config.model_copy(update={"score": score}))
+
+    def score(self, score: str, demonstrations: list[list[int]] | None = None) -> np.ndarray:
+        context = self.context(score, demonstrations)
+        return total_score(context.config, scores_for(context))
+
+    def sensitivity(self) -> list[dict[str, Any]]:
+        """ICA under other demonstrations, against ICA as the config has it."""
+        get_logger().info("audit: ICA with other demonstrations.")
+        config, holdout = self.callback.config, self.callback.holdout
+        own = self.score("ica")
+        rng = np.random.default_rng(config.seed)
+        found = [
+            {"ICA with": f"k = {k}", **_agreement(own, self.score("ica", self.retrieve(config.model_copy(update={"k": k}), holdout)))}
+            for k in sorted({1, 2, 3, 5, 8} - {config.k})
+            if k <= len(holdout.shown)
+        ]
+        found.append({"ICA with": "the order turned round", **_agreement(own, self.score("ica", [d[::-1] for d in self.demonstrations]))})
+        if config.retrieval != "random":
+            at_random = self.retrieve(config.model_copy(update={"retrieval": "random"}), holdout)
+            found.append({"ICA with": "demonstrations at random", **_agreement(own, self.score("ica", at_random))})
+        context = self.context("ica")
+        bare = [dataclasses.replace(row, sequences=(_answer(row), *row.sequences[1:])) if row.can_be_scored else row for row in holdout.examples]
+        context.holdout = dataclasses.replace(holdout, examples=bare)
+        found.append({"ICA with": "another template: answers alone, without their prompts", **_agreement(own, scores_for(context)["ica"])})
+        if len(holdout.shown) >= 4:
+            mixed = rng.permutation(holdout.shown).tolist()
+            halves = [
+                self.score("ica", self.retrieve(config, dataclasses.replace(holdout, shown=sorted(half)))) for half in (mixed[::2], mixed[1::2])
+            ]
+            found.append({"ICA with": "one half of the holdout against the other", **_agreement(*halves)})
+        return found
+
+    def noise(self, names: list[str], planted: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+        """AUROC of each scorer for clean rows against their corrupted copies, scored together."""
+        callback = self.callback
+        picked = sorted(rng.choice(len(self.sample), min(planted, len(self.sample)), replace=False).tolist())
+        clean = [callback.train[self.sample[i]] for i in picked]
+        shown = [self.demonstrations[i] for i in picked]
+        hidden = [callback.holdout.hidden_from[self.sample[i]] for i in picked]
+        result = []
+        for kind, bad in corrupted(clean, callback.trainer.processing_class, rng).items():
+            here = [i for i, row in enumerate(bad) if row is not None]
+            if len(here) < 5:
+                continue
+            get_logger().info("audit: planted noise, %s.", kind)
+            train: list[Example] = [clean[i] for i in here] + [bad[i] for i in here]
+            context = dataclasses.replace(
+                callback.scoring_context([], []), train=train, rows=list(range(len(train))),
+                demonstrations=[shown[i] for i in here] * 2,
+                holdout=dataclasses.replace(callback.holdout, hidden_from=[hidden[i] for i in here] * 2),
+            )
+            line: dict[str, Any] = {"corruption": kind, "rows": len(here)}
+            for name in names:
+                one = dataclasses.replace(
+                    context, config=callback.config.model_copy(update={"score": name}),
+                    kept={key: value for key, value in context.kept.items() if key == "adapter"},
+                )
+                line[name] = _auroc(total_score(one.config, scores_for(one)), len(here))
+            result.append(line)
+        return result
+
+
+def _defined(callback: ICACallback) -> list[str]:
+    """Scorers that this run allows and that train nothing."""
+    adapter = hasattr(callback.trainer.model, "peft_config")
+    pairs = callback.train[0].kind == "pair"
+    return [*ALWAYS, *(WITH_ADAPTER if adapter else ()), *(("irm", "ica-irm") if adapter and pairs else ())]
+
+
+def _answer(row: Example) -> Any:
+    """The (chosen) sequence from its first supervised token on."""
+    sequence = row.sequences[0]
+    first = int(np.argmax(sequence.scored))
+    return dataclasses.replace(sequence, tokens=sequence.tokens[first:], scored=sequence.scored[first:])
+
+
+def _agreement(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
+    """Rank correlation, and the share that the best tenths and the worst tenths have in common, over rows that both score."""
+    finite = np.isfinite(a) & np.isfinite(b)
+    a, b = a[finite], b[finite]
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return {"rank correlation": None, "best tenth shared": None, "worst tenth shared": None}
+    size = max(1, round(DECILE * len(a)))
+    first, second = np.argsort(-a, kind="stable"), np.argsort(-b, kind="stable")
+    return {
+        "rank correlation": float(spearmanr(a, b).statistic),
+        "best tenth shared": len(set(first[:size]) & set(second[:size])) / size,
+        "worst tenth shared": len(set(first[-size:]) & set(second[-size:])) / size,
+    }
+
+
+def _auroc(scores: np.ndarray, clean: int) -> float | None:
+    """Chance that one of the first `clean` rows scores above one of the others; ties count half."""
+    good, bad = (part[np.isfinite(part)] for part in (scores[:clean], scores[clean:]))
+    if not len(good) or not len(bad):
+        return None
+    ranks = rankdata(np.concatenate([good, bad]))[: len(good)]
+    return float((ranks.sum() - len(good) * (len(good) + 1) / 2) / (len(good) * len(bad)))
+
+
+def _sections(numbers: dict[str, Any]) -> list[Section]:
+    values = numbers["values"]
+
+    def distributions(axes: Any) -> None:
+        ranked = {name: np.array(column)[np.isfinite(column)] for name, column in values.items()}
+        scaled = [(column - column.mean()) / (column.std() or 1) for column in ranked.values()]
+        axes.violinplot(scaled, showmedians=True, widths=0.8)
+        axes.set_xticks(range(1, len(ranked) + 1), list(ranked), rotation=20, fontsize=8)
+        axes.set_ylabel("score, standard deviations")
+
+    def matrix(axes: Any) -> None:
+        names = list(values)
+        grid = np.eye(len(names))
+        for line in numbers["agreement"]:
+            i, j = names.index(line["scorer"]), names.index(line["with"])
+            grid[i, j] = grid[j, i] = np.nan if line["rank correlation"] is None else line["rank correlation"]
+        axes.imshow(grid, vmin=-1, vmax=1, cmap="RdBu")
+        axes.set_xticks(range(len(names)), names, rotation=30, fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        for i in range(len(names)):
+            for j in range(len(names)):
+                axes.text(j, i, f"{grid[i, j]:.2f}", ha="center", va="center", fontsize=7)
+
+    def noise(axes: Any) -> None:
+        for name in values:
+            axes.plot([line["corruption"] for line in numbers["noise"]], [line[name] for line in numbers["noise"]], "o", label=name)
+        axes.axhline(0.5, color="grey", linewidth=0.8)
+        axes.set(ylabel="AUROC", ylim=(0, 1.02))
+        axes.legend(frameon=False, fontsize=8, ncols=4)
+
+    shared = "Chance is 0.1 for the shared tenths and 0 for the rank correlation."
+    sections = [
+        Section("The data", rows=[{"": name, "value": value} for name, value in numbers["data"].items()]),
+        Section("Score distributions", "Seconds are of one scorer alone; together they share forwards.", picture(distributions), numbers["scores"]),
+        Section("Agreement of the scorers", f"Rank correlation over the sample. {shared}", picture(matrix, (6.5, 5.5)), numbers["agreement"]),
+        Section(
+            "Agreement with exact influence",
+            f"Row gradient · holdout gradient over the adapter. {shared}" if numbers["influence"] else
+            "Not computed: influence takes gradients over an adapter's parameters, and it is not among the scorers, or the run trains the whole model.",
+            rows=numbers["influence"],
+        ),
+        Section("Sensitivity of ICA", f"ICA as the config has it against ICA with another choice. {shared}", rows=numbers["sensitivity"]),
+    ]
+    if numbers["noise"]:
+        text = "AUROC for a clean row against corrupted copies: 1 ranks every clean row above, 0.5 is chance, below it prefers the corrupted."
+        sections.append(Section("Planted noise", text, picture(noise), numbers["noise"]))
+    return [
+        *sections,
+        Section("Best rows", f"By the config's own score, `{numbers['data']['score of the config']}`.", rows=numbers["best"]),
+        Section("Worst rows", rows=numbers["worst"]),
+    ]

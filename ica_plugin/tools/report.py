@@ -1,0 +1,134 @@
+"""`ica-plugin report`: what a finished run did with its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from ..errors import ICAError
+from .page import Section, picture, write_page
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+SHOWN_ROWS = 10
+
+
+def write_report(output_dir: Path, out: Path | None = None) -> Path:
+    """Write a page and its numbers from a run's `ica/scores.parquet` and `ica/run.json`.
+
+    Args:
+        output_dir: of the run.
+        out: the HTML file; default `{output_dir}/ica/report.html`. The JSON lies beside it.
+
+    Returns:
+        the HTML file.
+
+    Raises:
+        ICAError: no finished run there, or a run with given weights, which scored nothing.
+    """
+    folder = output_dir / "ica"
+    if not (folder / "run.json").is_file():
+        raise ICAError(f"no run of ica_plugin there (looked for {folder / 'run.json'}). Give the `output_dir` of a run with an `ica:` block.")
+    if not (folder / "scores.parquet").is_file():
+        raise ICAError("the run trained with given weights and scored nothing, so there is nothing to report.")
+    run = json.loads((folder / "run.json").read_text())
+    numbers = report_numbers(pq.read_table(folder / "scores.parquet").to_pydict(), run)
+    out = out or folder / "report.html"
+    write_page(out, f"ICA report: {output_dir.name}", _sections(numbers), numbers)
+    return out
+
+
+def report_numbers(table: dict[str, list], run: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of the page.
+
+    Args:
+        table: the columns of scores.parquet.
+        run: run.json.
+
+    Returns:
+        `run` (rows, seconds and overhead: scoring over training), `refreshes` (one dict each: scores, weights' quantiles,
+        effective sample size (Σw)² / Σw² / n), `highest` and `lowest` rows by their last weight, and `gained` and `lost`:
+        rows by the change of their weight between their first and last scoring, empty where every row was scored once.
+    """
+    columns = {name: np.array(table[name], dtype=float) for name in ("row", "refresh", "step", "score", "weight", "tokens")}
+    refreshes = []
+    for refresh in np.unique(columns["refresh"]):
+        here = columns["refresh"] == refresh
+        weight, score = columns["weight"][here], columns["score"][here]
+        finite = score[np.isfinite(score)]
+        refreshes.append(
+            {
+                "refresh": int(refresh), "step": int(columns["step"][here][0]), "rows": int(here.sum()),
+                "score mean": float(finite.mean()) if len(finite) else None, "score std": float(finite.std()) if len(finite) else None,
+                "effective sample size": float(weight.sum() ** 2 / max((weight**2).sum(), 1e-12) / len(weight)),
+                "weight min": float(weight.min()), "weight max": float(weight.max()), "share of weight 0": float((weight == 0).mean()),
+                **{f"weight q{int(100 * q)}": float(np.quantile(weight, q)) for q in QUANTILES},
+            }
+        )
+    order = np.lexsort((columns["refresh"], columns["row"]))
+    row = columns["row"][order]
+    first, last = order[np.insert(row[1:] != row[:-1], 0, True)], order[np.append(row[1:] != row[:-1], True)]
+    rows = [
+        {
+            "row": int(columns["row"][b]), "weight": float(columns["weight"][b]), "first weight": float(columns["weight"][a]),
+            "change": float(columns["weight"][b] - columns["weight"][a]), "score": float(columns["score"][b]), "tokens": int(columns["tokens"][b]),
+        }
+        for a, b in zip(first, last, strict=True)
+        if columns["tokens"][b] > 0
+    ]
+    by_weight = sorted(rows, key=lambda r: -r["weight"])
+    moved = sorted((r for r in rows if r["change"] != 0), key=lambda r: -r["change"])
+    seconds, training = float(run["scoring_seconds"]), float(run["training_seconds"])
+    return {
+        "run": {
+            "rows": run["rows"], "holdout rows": run["holdout_rows"], "rows also in the holdout": run["rows_in_holdout"], "steps": run["steps"],
+            "score": run["config"].get("score", "ica"), "weighting": run["config"].get("weighting"), "refreshes": run["refreshes"],
+            "scored rows": run["scored_rows"], "scoring seconds": seconds, "training seconds": training,
+            "overhead": seconds / training if training else None,
+        },
+        "refreshes": refreshes,
+        "highest": by_weight[:SHOWN_ROWS],
+        "lowest": by_weight[::-1][:SHOWN_ROWS],
+        "gained": [r for r in moved[:SHOWN_ROWS] if r["change"] > 0],
+        "lost": [r for r in moved[::-1][:SHOWN_ROWS] if r["change"] < 0],
+        "weights": [r["weight"] for r in by_weight],
+        "scores": [r["score"] for r in by_weight],
+    }
+
+
+def _sections(numbers: dict[str, Any]) -> list[Section]:
+    refreshes = numbers["refreshes"]
+    steps = [r["step"] for r in refreshes]
+
+    def over_time(axes: Any) -> None:
+        for q in QUANTILES:
+            axes.plot(steps, [r[f"weight q{int(100 * q)}"] for r in refreshes], marker="o", markersize=3, label=f"{q:.0%} quantile")
+        axes.set(xlabel="optimizer step", ylabel="weight")
+        axes.legend(frameon=False, fontsize=8)
+
+    def sample_size(axes: Any) -> None:
+        axes.plot(steps, [100 * r["effective sample size"] for r in refreshes], marker="o", markersize=3)
+        axes.set(xlabel="optimizer step", ylabel="effective sample size, %", ylim=(0, 102))
+
+    def distribution(axes: Any) -> None:
+        axes.scatter(numbers["scores"], numbers["weights"], s=8, alpha=0.6)
+        axes.set(xlabel="last score", ylabel="last weight")
+
+    sections = [
+        Section("The run", "Overhead is scoring seconds over training seconds.", rows=[{"": k, "value": v} for k, v in numbers["run"].items()]),
+        Section("Weights over time", "Quantiles of the weights given at each refresh; 1 is no weighting.", picture(over_time)),
+        Section("Effective sample size", "(Σw)² / Σw² as a share of the rows: 100 % when all weights are equal.", picture(sample_size)),
+        Section("Scores and weights", picture=picture(distribution)),
+        Section("Refreshes", rows=refreshes),
+        Section("Who counts most", "Rows by their last weight; `row` is the index into the trainer's train rows.", rows=numbers["highest"]),
+        Section("Who counts least", rows=numbers["lowest"]),
+    ]
+    if numbers["gained"] or numbers["lost"]:
+        sections += [
+            Section("Who gained", "From the first to the last scoring of the row.", rows=numbers["gained"]),
+            Section("Who lost", rows=numbers["lost"]),
+        ]
+    return sections

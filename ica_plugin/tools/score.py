@@ -1,0 +1,33 @@
+"""`ica-plugin score`: any scorers, no training, with the host's own config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+from ..outputs import ScoreFile
+
+
+def write_scores(host: ModuleType, config: Path, out: Path, score: str | None) -> int:
+    """Score every train row with the model as the config loads it; every process of a launcher calls it.
+
+    Args:
+        host: the host's module, with `attached`.
+        config: the host's config.
+        out: where the scores go: the columns of a run's scores.parquet, one line per train row, and one more column per
+            scorer where there are several. `source` is the row's place in the data file, where the host moved it.
+        score: scorers instead of the config's.
+
+    Returns:
+        number of rows scored; 0 in all processes but the first.
+
+    Raises:
+        ICAError: what is wrong with the config, or a scorer that is not defined for it.
+    """
+    callback, source = host.attached(config, {} if score is None else {"score": score})
+    trainer = callback.trainer
+    trainer.callback_handler.callbacks = []  # no tracker starts a run for this
+    callback.files = ScoreFile(out, *(source or ()))
+    callback.refresh(list(range(len(callback.train))), shared=True)
+    trainer.accelerator.wait_for_everyone()
+    return len(callback.train) if trainer.accelerator.is_main_process else 0

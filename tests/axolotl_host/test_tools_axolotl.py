@@ -1,0 +1,91 @@
+"""`ica-plugin score` and `select` with Axolotl configs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import yaml
+from harness import write_config
+from ica_plugin.cli import app
+from typer.testing import CliRunner
+
+LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    import axolotl.utils.data.rl
+    import axolotl.utils.data.sft
+    from axolotl.integrations.base import PluginManager
+
+    PluginManager.get_instance().plugins.clear()
+    for module in (axolotl.utils.data.sft, axolotl.utils.data.rl):
+        monkeypatch.setattr(module, "save_preprocessed_dataset", lambda *args: None)
+
+
+def run(*arguments) -> None:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+
+
+def test_score_then_select(tmp_path, tiny_model):
+    rows = tiny.sft_rows(12, seed=1)
+    long = {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "green " * 400}]}
+    config = write_config(tmp_path, tiny_model, "sft", [*rows[:5], long, *rows[5:]], tiny.sft_rows(6, seed=9), {"k": 2}, **LORA)
+    out = tmp_path / "scores.parquet"
+    run("score", config, "--out", out, "--score", "ica + likelihood")
+    table = pq.read_table(out)
+    assert table.column_names[-3:] == ["ica", "likelihood", "source"] and table.num_rows == 12
+    assert not (tmp_path / "out" / "ica").exists()
+    # Axolotl shuffles, and drops the long row: the source says where each row lies in the file.
+    source = table["source"].to_numpy()
+    assert sorted(source) == [0, 1, 2, 3, 4, *range(6, 13)] and list(source) != sorted(source)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    tokenizer = tiny.make_tokenizer()
+    for place, tokens in zip(source, table["tokens"].to_pylist(), strict=True):
+        answer = json.loads(lines[place])["messages"][-1]["content"]
+        assert tokens - len(tokenizer(answer)["input_ids"]) in (1, 2)
+    run("select", out, "--data", tmp_path / "train.jsonl", "--keep", "0.25", "--out", tmp_path / "best.jsonl")
+    best = sorted(source[np.argsort(-table["score"].to_numpy())[:3]])
+    assert (tmp_path / "best.jsonl").read_text().splitlines() == [lines[i] for i in best]
+
+
+def test_score_pairs_and_a_full_finetune(tmp_path, tiny_model):
+    config = write_config(tmp_path, tiny_model, "dpo", tiny.pair_rows(8, seed=1), tiny.pair_rows(5, seed=9), {"k": 2, "score": "likelihood"})
+    run("score", config, "--out", tmp_path / "a.parquet")
+    assert np.isfinite(pq.read_table(tmp_path / "a.parquet")["score"].to_numpy()).all()
+    result = CliRunner().invoke(app, ["score", str(config), "--score", "influence"])
+    assert result.exit_code == 1 and "trains the whole model" in result.output
+
+
+@pytest.mark.host
+def test_score_by_two_processes(tmp_path, tiny_model):
+    config = write_config(tmp_path, tiny_model, "sft", tiny.sft_rows(9, seed=1), tiny.sft_rows(6, seed=9), {"k": 2})
+    run("score", config, "--out", tmp_path / "one.parquet")
+    accelerate = Path(sys.executable).parent / "accelerate"
+    done = subprocess.run(
+        [accelerate, "launch", "--cpu", "--num_processes", "2", "-m", "ica_plugin.cli", "score", config, "--out", tmp_path / "two.parquet"],
+        capture_output=True, text=True, timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "two"))
+    np.testing.assert_allclose(one["score"].to_numpy(), two["score"].to_numpy(), atol=1e-4)
+    assert one["demos"].to_pylist() == two["demos"].to_pylist() and one["source"].to_pylist() == two["source"].to_pylist()
+
+
+def test_two_holdout_sets(tmp_path, tiny_model):
+    config = write_config(tmp_path, tiny_model, "sft", tiny.sft_rows(8, seed=1), tiny.sft_rows(6, seed=9), {"k": 1})
+    tiny.write_jsonl(tmp_path / "other.jsonl", tiny.sft_rows(4, seed=10))
+    keys = yaml.safe_load(config.read_text())
+    sets = [{"name": "a", "path": str(tmp_path / "holdout.jsonl")}, {"name": "b", "path": str(tmp_path / "other.jsonl")}]
+    config.write_text(yaml.safe_dump({**keys, "ica": {"k": 1, "holdout": sets, "balance": "round_robin"}}))
+    run("validate", config)
+    run("score", config, "--out", tmp_path / "scores.parquet")
+    table = pq.read_table(tmp_path / "scores.parquet")
+    assert {"ica:a", "ica:b"} <= set(table.column_names)
+    assert all(first < 6 <= second for first, second in table["demos"].to_pylist())

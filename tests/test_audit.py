@@ -1,0 +1,91 @@
+"""`ica-plugin audit`: its numbers on a trainer, its corruptions on tokens."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from ica_plugin import attach
+from ica_plugin.errors import ICAError
+from ica_plugin.examples import Example, Sequence
+from ica_plugin.tools.audit import _agreement, _auroc, _sections, audit_numbers
+from ica_plugin.tools.noise import corrupted
+from ica_plugin.tools.page import write_page
+from peft import LoraConfig, get_peft_model
+from scipy.stats import spearmanr
+from runs import tokenised
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+
+@pytest.fixture(scope="module")
+def callback(tmp_path_factory):
+    tokenizer = tiny.make_tokenizer()
+    model = get_peft_model(tiny.make_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    trainer = Trainer(
+        model, TrainingArguments(str(tmp_path_factory.mktemp("audit")), use_cpu=True, report_to="none"), train_dataset=tokenised(30, 0),
+        data_collator=DataCollatorForSeq2Seq(tokenizer), processing_class=tokenizer,
+    )
+    return attach(trainer, {"k": 2}, holdout=tokenised(8, 9))
+
+
+def test_numbers_and_page(callback, tmp_path):
+    numbers = audit_numbers(callback, rows=24, planted=10)
+    assert numbers["data"]["rows in the sample"] == 24 and numbers["data"]["train rows"] == 30
+    names = [line["scorer"] for line in numbers["scores"]]
+    assert names == ["ica", "likelihood", "ica + likelihood", "one_shot", "rds", "random", "influence"]
+    assert len(numbers["agreement"]) == 21 and [line["scorer"] for line in numbers["influence"]] == names[:-1]
+    ica, likelihood = (np.array(numbers["values"][name]) for name in ("ica", "likelihood"))
+    assert numbers["agreement"][0]["rank correlation"] == pytest.approx(spearmanr(ica, likelihood).statistic)
+    assert {line["ICA with"] for line in numbers["sensitivity"]} >= {
+        "k = 1", "k = 3", "the order turned round", "demonstrations at random", "one half of the holdout against the other",
+    }
+    assert all(0 <= line[name] <= 1 for line in numbers["noise"] for name in names)
+    assert numbers["best"][0]["score"] == ica.max() and numbers["worst"][0]["score"] == ica.min()
+    assert callback.trainer.processing_class.decode(callback.train[numbers["best"][0]["row"]].sequences[0].tokens) == numbers["best"][0]["text"]
+    write_page(tmp_path / "audit.html", "Audit", _sections(numbers), numbers)
+    page = (tmp_path / "audit.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "<script" not in page
+    assert json.loads((tmp_path / "audit.json").read_text())["data"]["kind"] == "sft"
+
+
+def test_chosen_scorers_and_too_few_rows(callback):
+    numbers = audit_numbers(callback, rows=20, planted=5, scorers=["likelihood"])
+    assert [line["scorer"] for line in numbers["scores"]] == ["likelihood", "ica"] and numbers["influence"] == []
+    few = callback.train
+    callback.train = few[:10]
+    try:
+        with pytest.raises(ICAError, match="at least 20"):
+            audit_numbers(callback, rows=20, planted=5)
+    finally:
+        callback.train = few
+
+
+def test_agreement_and_auroc():
+    a = np.arange(20.0)
+    assert _agreement(a, a) == {"rank correlation": 1.0, "best tenth shared": 1.0, "worst tenth shared": 1.0}
+    assert _agreement(a, -a)["best tenth shared"] == 0.0 and _agreement(a, np.ones(20))["rank correlation"] is None
+    assert _auroc(np.array([3.0, 2, 1, 0]), 2) == 1.0 and _auroc(np.array([1.0, 1, 1, 1]), 2) == 0.5
+    assert _auroc(np.array([2.0, 0, 1, np.nan]), 2) == 0.5
+
+
+def test_corruptions_change_the_last_answer_alone():
+    tokenizer = tiny.make_tokenizer()
+    rows = []
+    for i in range(8):
+        prompt = tokenizer(f"seven apples {i}")["input_ids"]
+        answer = tokenizer(f"the sum of {i} and {i + 1} pears counts {3 * i + 10}<|im_end|>")["input_ids"]
+        scored = np.array([False] * len(prompt) + [True] * len(answer) + [False])
+        rows.append(Example((Sequence(np.array([*prompt, *answer, 5]), scored),), "sft"))
+    found = corrupted(rows, tokenizer, np.random.default_rng(0))
+    for kind, copies in found.items():
+        for row, copy in zip(rows, copies, strict=True):
+            old, new = row.sequences[0], copy.sequences[0]
+            assert not np.array_equal(old.tokens, new.tokens), kind
+            np.testing.assert_array_equal(old.tokens[~old.scored], new.tokens[~new.scored])
+            assert (old.tokens[-2:] == new.tokens[-2:]).all() and new.scored[-2] and not new.scored[-1]
+    text = tokenizer.decode(found["altered numbers"][0].sequences[0].tokens)
+    assert "the sum of" in text and "the sum of 0 and 1" not in text
+    shuffled = found["words shuffled"][3].sequences[0]
+    assert sorted(shuffled.tokens) == sorted(rows[3].sequences[0].tokens)
+    pair = Example((rows[0].sequences[0], rows[1].sequences[0]), "pair")
+    assert corrupted([pair], tokenizer, np.random.default_rng(0))["flipped"][0].sequences == pair.sequences[::-1]

@@ -1,0 +1,56 @@
+"""`ica-plugin report` of a finished run."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from ica_plugin.cli import app
+from ica_plugin.tools.report import report_numbers
+from runs import run
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run(folder, {"refresh_interval": "epoch"}, num_train_epochs=3)
+    return folder
+
+
+def test_page_and_numbers(finished):
+    result = CliRunner().invoke(app, ["report", str(finished)])
+    assert result.exit_code == 0, result.output
+    page = (finished / "ica" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "Who gained" in page
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+    numbers = json.loads((finished / "ica" / "report.json").read_text())
+    table = pq.read_table(finished / "ica" / "scores.parquet").to_pandas()
+    assert [r["step"] for r in numbers["refreshes"]] == table.groupby("refresh").step.first().tolist()
+    for refresh, group in table.groupby("refresh"):
+        weight = group.weight.to_numpy(float)
+        found = numbers["refreshes"][refresh]
+        assert found["effective sample size"] == pytest.approx(weight.sum() ** 2 / (weight**2).sum() / 22)
+        assert found["weight q95"] == pytest.approx(np.quantile(weight, 0.95))
+    wide = table.pivot(index="row", columns="refresh", values="weight")
+    change = (wide[2] - wide[0]).sort_values()
+    assert numbers["gained"][0]["row"] == change.index[-1] and numbers["lost"][0]["row"] == change.index[0]
+    assert numbers["lost"][0]["change"] == pytest.approx(change.iloc[0], abs=1e-6)
+    assert numbers["highest"][0]["row"] == wide[2].idxmax() and numbers["lowest"][0]["row"] == wide[2].idxmin()
+
+
+def test_a_run_scored_once_has_nobody_who_gained(finished):
+    table = pq.read_table(finished / "ica" / "scores.parquet").to_pandas()
+    once = table[table.refresh == 0].to_dict("list")
+    numbers = report_numbers(once, json.loads((finished / "ica" / "run.json").read_text()))
+    assert numbers["gained"] == numbers["lost"] == [] and len(numbers["refreshes"]) == 1
+
+
+def test_no_run(tmp_path, finished):
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 1 and "no run of ica_plugin there" in result.output
+    (tmp_path / "ica").mkdir()
+    shutil.copy(finished / "ica" / "run.json", tmp_path / "ica")
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 1 and "given weights" in result.output
