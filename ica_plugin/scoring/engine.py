@@ -135,7 +135,7 @@ class Engine:
 
     def forward_seconds(self, rows: list[Sequence]) -> float:
         """Seconds of one padded forward over `rows`, the faster of two: the first may have to warm up."""
-        padded = PaddedPath(self._model, self._base, self._device)
+        padded = PaddedPath(self.model, self._base, self.device)
         seconds = []
         with self._scoring():
             for _ in range(2):
