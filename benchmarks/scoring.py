@@ -68,11 +68,12 @@ def tokenise(tokenizer, rows: list[tuple[str, tuple[str, ...]]], longest: int) -
     for prompt, responses in rows:
         question = [{"role": "user", "content": prompt}]
         start = tokenizer(tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)).input_ids
+        cut = max(0, len(start) - longest // 2)  # a long prompt loses its beginning, so that every row keeps a response
         sequences = []
         for response in responses:
             text = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": response}], tokenize=False)
-            tokens = np.array(tokenizer(text).input_ids[:longest], dtype=np.int64)
-            sequences.append(Sequence(tokens, np.arange(len(tokens)) >= len(start)))
+            tokens = np.array(tokenizer(text).input_ids[cut : cut + longest], dtype=np.int64)
+            sequences.append(Sequence(tokens, np.arange(len(tokens)) >= len(start) - cut))
         examples.append(Example(tuple(sequences), "sft" if len(sequences) == 1 else "pair"))
     return [example for example in examples if example.can_be_scored]
 
