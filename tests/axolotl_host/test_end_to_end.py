@@ -18,9 +18,9 @@ pytestmark = pytest.mark.host
 EXAMPLES = Path(__file__).parents[2] / "example_configs" / "axolotl"
 
 
-def axolotl(*arguments: str, timeout: int = 600) -> subprocess.CompletedProcess:
+def axolotl(*arguments: str, timeout: int = 600, **variables: str) -> subprocess.CompletedProcess:
     binaries = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", **variables}
     return subprocess.run(
         [str(binaries / "axolotl"), *arguments], env=environment, capture_output=True, text=True, timeout=timeout
     )
@@ -93,11 +93,12 @@ def test_two_processes_train_as_one(tmp_path, tiny_model, kind):
         processes: write_config(
             tmp_path / str(processes), tiny_model, kind, rows, holdout, {"refresh_interval": 4}, shuffle_merged_datasets=False,
             gradient_accumulation_steps=3 - processes, num_epochs=2, optimizer="sgd", learning_rate=0.1,
+            max_memory={"cpu": "8GiB"},  # several processes without a GPU: Axolotl would place the model on one
         )
         for processes in (1, 2)
     }
     train(configs[1])
-    done = axolotl("train", str(configs[2]), "--launcher", "torchrun", "--", "--nproc_per_node=2")
+    done = axolotl("train", str(configs[2]), "--launcher", "torchrun", "--", "--nproc_per_node=2", ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-4000:]
     one, two = ({(line["refresh"], line["row"]): line for line in scores(configs[n])} for n in (1, 2))
     assert one.keys() == two.keys() and len(one) == 40
