@@ -2,6 +2,9 @@
 PYTHON ?= python3.11
 # Axolotl 0.21 needs Python 3.12; its tests run where one is found.
 PYTHON312 ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 --version >/dev/null 2>&1 && echo python3.12 || ls $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python 2>/dev/null | tail -1)
+# Tests side by side; each keeps to one thread.
+JOBS ?= 2
+PYTEST = -m pytest -q -n $(JOBS) --dist worksteal --durations 10
 PIP_FLAGS = -q --disable-pip-version-check
 
 .PHONY: setup demo test test-fast test-axolotl test-axolotl-next test-trl test-llamafactory docs clean
@@ -34,24 +37,24 @@ test: test-axolotl test-trl test-llamafactory test-axolotl-next
 
 # The fast tests: the core alone, no host (under two minutes).
 test-fast: .venv/.done
-	.venv/bin/python -m pytest tests --ignore tests/axolotl_host --ignore tests/trl_host --ignore tests/llamafactory_host
+	.venv/bin/python $(PYTEST) tests -m "not slow" --ignore tests/axolotl_host --ignore tests/trl_host --ignore tests/llamafactory_host
 
 test-axolotl: .venv/.done
-	.venv/bin/python -m pytest tests --ignore tests/trl_host --ignore tests/llamafactory_host
+	.venv/bin/python $(PYTEST) tests --ignore tests/trl_host --ignore tests/llamafactory_host
 
 test-trl: .venv/.done .venv-llamafactory/.done
-	.venv/bin/python -m pytest tests/trl_host
-	.venv-llamafactory/bin/python -m pytest tests/trl_host
+	.venv/bin/python $(PYTEST) tests/trl_host
+	.venv-llamafactory/bin/python $(PYTEST) tests/trl_host
 
 test-llamafactory: .venv-llamafactory/.done
-	.venv-llamafactory/bin/python -m pytest tests/llamafactory_host
+	.venv-llamafactory/bin/python $(PYTEST) tests/llamafactory_host
 
 ifeq ($(PYTHON312),)
 test-axolotl-next:
 	@echo "No Python 3.12 was found (looked for python3.12 and pyenv's), so the tests on Axolotl 0.21 did NOT run. Set PYTHON312=<path> to run them."
 else
 test-axolotl-next: .venv-axolotl-next/.done
-	.venv-axolotl-next/bin/python -m pytest tests/axolotl_host/test_end_to_end.py tests/axolotl_host/test_trainers.py tests/trl_host
+	.venv-axolotl-next/bin/python $(PYTEST) tests/axolotl_host/test_end_to_end.py tests/axolotl_host/test_trainers.py tests/trl_host
 endif
 
 docs: .venv/.done

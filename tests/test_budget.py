@@ -192,6 +192,7 @@ def test_a_resumed_run_remembers_scored_rows(tmp_path):
     assert np.isfinite(resumed.scores).sum() > 0
 
 
+@pytest.mark.slow
 def test_two_ranks_agree(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
                "--rdzv-endpoint", "localhost:0", __file__, str(tmp_path)]

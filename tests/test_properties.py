@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
@@ -57,6 +58,7 @@ def data_sets(draw) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 @given(rows=data_sets(), block=BLOCKS, run=RUNS, packed=st.booleans())
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_every_forward_uses_the_newest_weights(rows, block, run, packed):

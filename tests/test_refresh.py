@@ -82,6 +82,7 @@ def test_scope_all_scores_every_row_each_time(tmp_path, interval, steps):
     assert refreshes(tmp_path) == [(step, list(range(ROWS))) for step in steps]
 
 
+@pytest.mark.slow
 def test_two_ranks_score_what_they_train(tmp_path):
     """torchrun with two processes: each rank scores its own rows, and both agree on the weights' scale."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",

@@ -181,8 +181,10 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_it_ends_the_same(tmp_path, monkeypatch):
-    """24 runs: eight killed while scoring, eight in or between steps, eight while a checkpoint is written."""
+    """27 runs: nine stopped while scoring, nine in or between steps, nine while a checkpoint is written; three of them by
+    SIGTERM, the others by SIGKILL."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the server does not take over sys.path
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["checks", "runs", "test_resume"])
@@ -204,7 +206,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_the_same(tmp_path, monkeyp
     expected = finish(tmp_path / "whole", None)
     table = scores(tmp_path / "whole")
     resumed_from, killed_in = [], []
-    for attempt in range(24):
+    for attempt in range(27):
         folder = tmp_path / str(attempt)
         process, phase, counts = start(folder, None)
         target = 1 + attempt % 3
@@ -214,9 +216,10 @@ def test_killed_at_random_moments_and_resumed_it_ends_the_same(tmp_path, monkeyp
             time.sleep(0.0002)
         time.sleep(rng.uniform(0, 0.02))
         killed_in.append(PHASES[phase.value])
-        os.kill(process.pid, signal.SIGKILL)
+        stop = signal.SIGTERM if attempt % 10 == 0 else signal.SIGKILL  # SIGTERM: attempts 0, 10 and 20
+        os.kill(process.pid, stop)
         process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert process.exitcode == -stop
         checkpoint = last_whole_checkpoint(folder)
         resumed_from.append(checkpoint and int(Path(checkpoint).name.split("-")[1]))
         assert checkpoint is None or (Path(checkpoint) / STATE_FILE).is_file()
