@@ -7,7 +7,7 @@ JOBS ?= 2
 PYTEST = -m pytest -q -n $(JOBS) --dist worksteal --durations 10
 PIP_FLAGS = -q --disable-pip-version-check
 
-.PHONY: setup demo test test-fast test-axolotl test-axolotl-next test-trl test-llamafactory docs clean
+.PHONY: setup demo test test-fast test-axolotl test-axolotl-next test-trl test-llamafactory audit docs clean
 
 setup: .venv/.done .venv-llamafactory/.done
 
@@ -56,6 +56,12 @@ else
 test-axolotl-next: .venv-axolotl-next/.done
 	.venv-axolotl-next/bin/python $(PYTEST) tests/axolotl_host/test_end_to_end.py tests/axolotl_host/test_trainers.py tests/trl_host
 endif
+
+# Known vulnerabilities of our direct dependencies; asks PyPI's advisory service.
+audit: .venv/.done
+	.venv/bin/pip install $(PIP_FLAGS) pip-audit
+	.venv/bin/python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" > .venv/direct.txt
+	.venv/bin/pip-audit -r .venv/direct.txt
 
 docs: .venv/.done
 	.venv/bin/pip install $(PIP_FLAGS) -e '.[docs]'

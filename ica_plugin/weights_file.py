@@ -97,9 +97,11 @@ def _read_table(path: str, where: str) -> pa.Table:
         if kind == "csv":
             import pyarrow.csv as pc
 
-            return pc.read_csv(file)
+            table = pc.read_csv(file)
+            _ = table.column_names  # decodes them
+            return table
         import pyarrow.json as pj
 
         return pj.read_json(file)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (OSError, ValueError) as error:  # pyarrow's and decoding errors are ValueErrors
         raise ICAError(f"{where}: cannot be read as {kind}: {error}") from None

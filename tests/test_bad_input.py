@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import trl_host.trl_harness as trl_harness
+from accelerate.utils import DistributedType
 from checks import callback_of
 from datasets import Dataset
 from ica_plugin import attach
@@ -54,6 +55,15 @@ def conversational_without_template(folder: Path) -> None:
     attach(trainer, {"k": 2}, holdout=Dataset.from_list(chats))
 
 
+def sharded(folder: Path, kind: DistributedType) -> None:
+    trainer = build(folder, None)
+    trainer.accelerator.state._shared_state["distributed_type"] = kind
+    try:
+        attach(trainer, {}, holdout=tokenised(6, 9))
+    finally:
+        trainer.accelerator.state._shared_state["distributed_type"] = DistributedType.NO
+
+
 GOOD = json.dumps(row([5, 6, 7, 8, 9]))
 # What the page calls it → how to make it.
 REFUSED: dict[str, Callable[[Path], object]] = {
@@ -71,6 +81,8 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "weights: NaN": lambda f: build(f, weights_file(f, "4,nan", *all_but(4))),
     "weights: unknown row": lambda f: build(f, weights_file(f, "99,1", *all_but(-1))),
     "streaming or iterable dataset": lambda f: build(f, {}, train=tokenised(ROWS, 0).to_iterable_dataset(), max_steps=2),
+    "FSDP": lambda f: sharded(f, DistributedType.FSDP),
+    "DeepSpeed": lambda f: sharded(f, DistributedType.DEEPSPEED),
     "multimodal rows": lambda f: multimodal(),
     "no chat template": conversational_without_template,
 }

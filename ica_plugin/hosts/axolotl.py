@@ -215,7 +215,9 @@ def validate(path: Path) -> dict[str, Any]:
     sets = {name: load_holdout(cfg, one, tokenizer) for name, one in config.sets.items()}
     found["holdout rows"] = ", ".join(f"{len(rows)} ({source})" for source, rows in sets.values())
     if not cfg.rl:  # preference rows are tokenised by the trainer, which needs the model
-        model = AutoConfig.from_pretrained(cfg.base_model, trust_remote_code=bool(cfg.trust_remote_code)).get_text_config()
+        model = AutoConfig.from_pretrained(
+            cfg.base_model, revision=cfg.revision_of_model or "main", trust_remote_code=bool(cfg.trust_remote_code)
+        ).get_text_config()
         context, rows_of_run = getattr(model, "max_position_embeddings", None), read_examples(train, _one_row)
         holdout = joined(
             {name: check_holdout(source, read_examples(rows, _one_row), rows_of_run, context) for name, (source, rows) in sets.items()}

@@ -349,7 +349,7 @@ def validate(path: Path) -> dict[str, Any]:
         name: load_holdout(one, model_args, data_args, training_args, stage, template, tokenizer) for name, one in config.sets.items()
     }
     model = AutoConfig.from_pretrained(
-        model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=model_args.trust_remote_code
     ).get_text_config()
     context, rows_of_run = getattr(model, "max_position_embeddings", None), read_examples(train, _one_row)
     holdout = joined(
