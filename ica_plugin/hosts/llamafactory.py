@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import gc
 import io
 import json
 import os
@@ -95,7 +96,11 @@ def run_exp(args: dict[str, Any], callbacks: list[Any] | None = None) -> None:
     warn_if_untested("llamafactory")
     with _attaching(config) as attached:
         tuner.run_exp(args, callbacks)
-    if not attached:
+    trained = bool(attached)
+    attached.clear()
+    # What is wrapped on a trainer makes it a cycle. Left to the interpreter's end, its process group's threads may abort the process.
+    gc.collect()
+    if not trained:
         raise ICAError(
             "LLaMA-Factory trained without handing its trainer to transformers' `train()`, so no row was weighted. Please report "
             "the config and the version of LLaMA-Factory."
