@@ -5,7 +5,6 @@ import pytest
 import tiny
 import torch
 import trl
-import trl_harness
 from checks import (
     callback_of,
     check_accumulation,
