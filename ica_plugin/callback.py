@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import deque
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -263,7 +262,7 @@ class ICACallback(TrainerCallback):
         tokenizer = self.trainer.processing_class
         embed, holdouts = self._get_engine().embeddings, [self.holdout.only(name) for name in self.holdout.sets]
         if self._budgeted is not None:
-            embed, holdouts = functools.partial(self._budgeted.embed, embeddings=embed), [self._budgeted.holdout]
+            embed, holdouts = partial(self._budgeted.embed, embeddings=embed), [self._budgeted.holdout]
         demonstrations = [
             retrieve(
                 self.train,
