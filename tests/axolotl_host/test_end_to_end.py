@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
+import torch
 import yaml
 from harness import write_config
 from safetensors.torch import load_file
@@ -85,6 +86,10 @@ def test_qlora_in_4_bit(tmp_path, model_for_4_bit):
     check_outputs(config, train(config), len(rows), refreshes=1, by_token=True)
 
 
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="a CUDA build of torch without a GPU: Axolotl asks the driver before it starts several processes",
+)
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_two_processes_train_as_one(tmp_path, tiny_model, kind):
     """Global batch 4, 20 rows, 10 updates, refreshed every 4: 2 rows on each of two ranks, or two micro-batches on one."""
