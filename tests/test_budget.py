@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from ica_plugin.config import ICAConfig, parse_config
 from ica_plugin.errors import ICAError
 from ica_plugin.examples import Example, Sequence
 
-from checks import callback_of
-from test_refresh import ROWS, refreshes, run
+from checks import callback_of, torchrun
+from runs import ROWS, refreshes, run
 
 
 def block(**keys) -> ICAConfig:
@@ -194,9 +193,7 @@ def test_a_resumed_run_remembers_scored_rows(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_agree(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", __file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = torchrun(__file__, 2, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (np.load(tmp_path / f"rank{rank}.npy") for rank in range(2))
     assert np.array_equal(first, second) and not np.isnan(first).any()

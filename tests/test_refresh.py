@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from checks import torchrun
 from runs import ROWS, Recorder, refreshes, run
 
 def check_windows(trainer: Recorder, folder: Path) -> None:
@@ -85,9 +85,7 @@ def test_scope_all_scores_every_row_each_time(tmp_path, interval, steps):
 @pytest.mark.slow
 def test_two_ranks_score_what_they_train(tmp_path):
     """torchrun with two processes: each rank scores its own rows, and both agree on the weights' scale."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", __file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = torchrun(__file__, 2, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     trained = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     scored = refreshes(tmp_path)

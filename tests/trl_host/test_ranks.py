@@ -10,14 +10,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from checks import callback_of, parameters, torchrun
 from safetensors.torch import load_file, save_file
 
 
 def launch(folder: Path, processes: int, kind: str, rows: int, refresh: str, failing: int = -1) -> subprocess.CompletedProcess:
-    arguments = [str(folder), kind, str(rows), refresh, str(failing), str(processes)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", __file__, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return torchrun(__file__, processes, folder, kind, rows, refresh, failing, processes)
 
 
 def scores(folder: Path) -> list[dict]:
@@ -65,10 +63,8 @@ def test_a_rank_that_fails_while_scoring_ends_the_run_on_all_with_its_error(tmp_
 
 
 def main(folder: Path, kind: str, rows: int, refresh: str, failing: int, processes: int) -> None:
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     import conftest  # noqa: F401
     import trl_harness
-    from checks import callback_of, parameters
 
     make = trl_harness.sft_rows if kind == "sft" else trl_harness.pair_rows
     trainer = trl_harness.Maker(folder, kind, make(rows), optim="sgd", learning_rate=0.1, output_dir=str(folder / "out"))(
