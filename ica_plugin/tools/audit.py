@@ -19,6 +19,7 @@ from ..holdout import Holdout
 from ..log import get_logger
 from ..retrieval import retrieve
 from ..scoring import ScoringContext, scores_for, total_score
+from ..scoring.expression import parse_score, parts_of
 from .noise import corrupted
 from .page import Section, picture, write_page
 
@@ -72,17 +73,22 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
     sample = sorted(rng.choice(scorable, min(rows, len(scorable)), replace=False).tolist())
     audit = _Audit(callback, sample)
     names = list(dict.fromkeys([*(scorers or _defined(callback)), callback.config.score]))
+    columns: dict[str, np.ndarray] = {}
+    seconds: dict[str, float] = {}
+    for part in _parts(names):  # each by itself, to tell what it costs
+        get_logger().info("audit: %d rows by %s.", len(sample), part)
+        begin = time.monotonic()
+        columns[part] = audit.columns([part])[part]
+        seconds[part] = time.monotonic() - begin
     values, described = {}, []
     for name in names:
-        get_logger().info("audit: %d rows by %s.", len(sample), name)
-        begin = time.monotonic()
-        values[name] = audit.score(name)
+        values[name] = audit.total(name, columns)
         finite = values[name][np.isfinite(values[name])]
         described.append(
             {
                 "scorer": name, "mean": float(finite.mean()), "std": float(finite.std()),
                 **{f"q{int(100 * q)}": float(np.quantile(finite, q)) for q in (0.01, 0.25, 0.5, 0.75, 0.99)},
-                "without a score": int(len(sample) - len(finite)), "seconds, alone": time.monotonic() - begin,
+                "without a score": int(len(sample) - len(finite)), "seconds, alone": sum(seconds[part] for part in _parts([name])),
             }
         )
     agreement = [
@@ -115,7 +121,7 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
         "scores": described,
         "agreement": agreement,
         "influence": [{"scorer": n, **_agreement(values[n], values["influence"])} for n in names if n != "influence"] if "influence" in names else [],
-        "sensitivity": audit.sensitivity(),
+        "sensitivity": audit.sensitivity(columns.get("ica")),
         "noise": audit.noise(names, planted, rng),
         "best": texts(ranked[:SHOWN_ROWS]),
         "worst": texts(ranked[::-1][:SHOWN_ROWS]),
@@ -139,38 +145,40 @@ class _Audit:
             embed=self.engine.embeddings, decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         )
 
-    def context(self, score: str, demonstrations: list[list[int]] | None = None) -> ScoringContext:
-        demonstrations = self.demonstrations if demonstrations is None else demonstrations
-        context = self.callback.scoring_context(self.sample, demonstrations)
-        return dataclasses.replace(context, config=self.callback.config.model_copy(update={"score": score}))
+    def columns(self, parts: list[str], context: ScoringContext | None = None) -> dict[str, np.ndarray]:
+        """Scores by scorer, of the sample or of a context's rows, computed together."""
+        context = context or self.callback.scoring_context(self.sample, self.demonstrations)
+        return scores_for(dataclasses.replace(context, config=self.callback.config.model_copy(update={"score": " + ".join(parts)})))
 
-    def score(self, score: str, demonstrations: list[list[int]] | None = None) -> np.ndarray:
-        context = self.context(score, demonstrations)
-        return total_score(context.config, scores_for(context))
+    def total(self, score: str, columns: dict[str, np.ndarray]) -> np.ndarray:
+        return total_score(self.callback.config.model_copy(update={"score": score}), columns)
 
-    def sensitivity(self) -> list[dict[str, Any]]:
-        """ICA under other demonstrations, against ICA as the config has it."""
+    def ica(self, demonstrations: list[list[int]]) -> np.ndarray:
+        return self.columns(["ica"], self.callback.scoring_context(self.sample, demonstrations))["ica"]
+
+    def sensitivity(self, own: np.ndarray | None) -> list[dict[str, Any]]:
+        """ICA under other demonstrations, against ICA as the config has it (`own`, where it is known)."""
         get_logger().info("audit: ICA with other demonstrations.")
         config, holdout = self.callback.config, self.callback.holdout
-        own = self.score("ica")
+        own = self.ica(self.demonstrations) if own is None else own
         rng = np.random.default_rng(config.seed)
         found = [
-            {"ICA with": f"k = {k}", **_agreement(own, self.score("ica", self.retrieve(config.model_copy(update={"k": k}), holdout)))}
-            for k in sorted({1, 2, 3, 5, 8} - {config.k})
+            {"ICA with": f"k = {k}", **_agreement(own, self.ica(self.retrieve(config.model_copy(update={"k": k}), holdout)))}
+            for k in sorted({1, 3, 5} - {config.k})
             if k <= len(holdout.shown)
         ]
-        found.append({"ICA with": "the order turned round", **_agreement(own, self.score("ica", [d[::-1] for d in self.demonstrations]))})
+        found.append({"ICA with": "the order turned round", **_agreement(own, self.ica([d[::-1] for d in self.demonstrations]))})
         if config.retrieval != "random":
             at_random = self.retrieve(config.model_copy(update={"retrieval": "random"}), holdout)
-            found.append({"ICA with": "demonstrations at random", **_agreement(own, self.score("ica", at_random))})
-        context = self.context("ica")
+            found.append({"ICA with": "demonstrations at random", **_agreement(own, self.ica(at_random))})
+        context = self.callback.scoring_context(self.sample, self.demonstrations)
         bare = [dataclasses.replace(row, sequences=(_answer(row), *row.sequences[1:])) if row.can_be_scored else row for row in holdout.examples]
         context.holdout = dataclasses.replace(holdout, examples=bare)
-        found.append({"ICA with": "another template: answers alone, without their prompts", **_agreement(own, scores_for(context)["ica"])})
+        found.append({"ICA with": "another template: answers alone, without their prompts", **_agreement(own, self.columns(["ica"], context)["ica"])})
         if len(holdout.shown) >= 4:
             mixed = rng.permutation(holdout.shown).tolist()
             halves = [
-                self.score("ica", self.retrieve(config, dataclasses.replace(holdout, shown=sorted(half)))) for half in (mixed[::2], mixed[1::2])
+                self.ica(self.retrieve(config, dataclasses.replace(holdout, shown=sorted(half)))) for half in (mixed[::2], mixed[1::2])
             ]
             found.append({"ICA with": "one half of the holdout against the other", **_agreement(*halves)})
         return found
@@ -182,27 +190,35 @@ class _Audit:
         clean = [callback.train[self.sample[i]] for i in picked]
         shown = [self.demonstrations[i] for i in picked]
         hidden = [callback.holdout.hidden_from[self.sample[i]] for i in picked]
-        result = []
-        for kind, bad in corrupted(clean, callback.trainer.processing_class, rng).items():
-            here = [i for i, row in enumerate(bad) if row is not None]
-            if len(here) < 5:
-                continue
-            get_logger().info("audit: planted noise, %s.", kind)
-            train: list[Example] = [clean[i] for i in here] + [bad[i] for i in here]
-            context = dataclasses.replace(
-                callback.scoring_context([], []), train=train, rows=list(range(len(train))),
-                demonstrations=[shown[i] for i in here] * 2,
-                holdout=dataclasses.replace(callback.holdout, hidden_from=[hidden[i] for i in here] * 2),
+        copies = corrupted(clean, callback.trainer.processing_class, rng)
+        places = {kind: [i for i, row in enumerate(bad) if row is not None] for kind, bad in copies.items()}
+        places = {kind: here for kind, here in places.items() if len(here) >= 5}
+        if not places:
+            return []
+        # The clean rows and all their copies at once: the clean ones are scored but once.
+        origin = [*range(len(clean)), *(i for here in places.values() for i in here)]
+        train: list[Example] = [*clean, *(copies[kind][i] for kind, here in places.items() for i in here)]
+        context = dataclasses.replace(
+            callback.scoring_context([], []), train=train, rows=list(range(len(train))), demonstrations=[shown[i] for i in origin],
+            holdout=dataclasses.replace(callback.holdout, hidden_from=[hidden[i] for i in origin]),
+        )
+        context.kept = {key: value for key, value in context.kept.items() if key == "adapter"}
+        get_logger().info("audit: planted noise, %d rows.", len(train))
+        columns = self.columns(_parts(names), context)
+        result, start = [], len(clean)
+        for kind, here in places.items():
+            rows = [*here, *range(start, start + len(here))]
+            part = {name: column[rows] for name, column in columns.items()}
+            result.append(
+                {"corruption": kind, "rows": len(here)} | {name: _auroc(self.total(name, part), len(here)) for name in names}
             )
-            line: dict[str, Any] = {"corruption": kind, "rows": len(here)}
-            for name in names:
-                one = dataclasses.replace(
-                    context, config=callback.config.model_copy(update={"score": name}),
-                    kept={key: value for key, value in context.kept.items() if key == "adapter"},
-                )
-                line[name] = _auroc(total_score(one.config, scores_for(one)), len(here))
-            result.append(line)
+            start += len(here)
         return result
+
+
+def _parts(names: list[str]) -> list[str]:
+    """The scorers of all sums, each once."""
+    return list(dict.fromkeys(part for name in names for part in parts_of(parse_score(name))))
 
 
 def _defined(callback: ICACallback) -> list[str]:
