@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
@@ -22,9 +21,9 @@ from .examples import Example
 from .holdout import Holdout
 from .injection import GradientInjection
 from .log import get_logger
+from .look_ahead import LookAhead
 from .outputs import RunFiles
 from .retrieval import report_fewer, retrieve
-from .row_ids import ROW_IDS
 from .scoring import CONTRACT_COLUMNS, ScoringContext, balanced_score, scores_for_sets
 from .scoring.engine import Engine
 from .scoring.memory import budget_for
@@ -80,7 +79,7 @@ class ICACallback(TrainerCallback):
         self._resumed: State | None = None
         self._trained_before = 0.0
         self._scored_here = 0.0
-        self._ahead: deque = deque()
+        self._ahead = LookAhead(trainer.accelerator.gradient_state)
         self._budgeted: Budgeted | None = None
         self._neighbour_correlation: float | None = None
         if given is not None:
@@ -142,39 +141,11 @@ class ICACallback(TrainerCallback):
             self._last_refresh_step = self.trainer.state.global_step
             if self._by_window:
                 steps = min(self._interval, self.trainer.state.max_steps - self.trainer.state.global_step)
-                self._draw_ahead(batches, steps * micro_batches)
-                rows = sorted({row for batch, _ in self._ahead for row in batch[ROW_IDS].unique().tolist() if row >= 0})
-                self.refresh(rows, shared=False, steps=steps)
+                self._ahead.draw(batches, steps * micro_batches)
+                self.refresh(self._ahead.rows, shared=False, steps=steps)
             else:
                 self.refresh(list(range(len(self.train))), shared=True, steps=self._interval)
-        return self._hand_on(batches) if self._ahead else batches
-
-    def _draw_ahead(self, batches: Iterator[dict], count: int) -> None:
-        gradient_state = self.trainer.accelerator.gradient_state
-        while len(self._ahead) < count:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                break
-            last = gradient_state.end_of_dataloader
-            self._ahead.append((batch, last))
-            if last:
-                break
-        self._mark_end(self._ahead and self._ahead[0][1])
-
-    def _hand_on(self, batches: Iterator[dict]) -> Iterator[dict]:
-        while self._ahead:
-            batch, last = self._ahead.popleft()
-            self._mark_end(last)
-            yield batch
-        for batch in batches:  # not `yield from`, which would close the trainer's iterator with this one
-            yield batch
-
-    def _mark_end(self, last: bool) -> None:
-        # Drawing ahead makes accelerate believe that the epoch's last batch is being trained.
-        loader = self.trainer.accelerator.gradient_state.active_dataloader
-        if loader is not None:
-            loader.end_of_dataloader = bool(last)
+        return self._ahead.hand_on(batches) if self._ahead else batches
 
     # What: scores, weights, records.
 
