@@ -33,7 +33,7 @@ from ica_plugin.holdout import check_holdout
 from ica_plugin.retrieval import retrieve
 from ica_plugin.scoring.engine import Engine
 from ica_plugin.scoring.ica import in_context
-from ica_plugin.scoring.memory import budget_for
+from ica_plugin.scoring.memory import Budget, budget_for
 from ica_plugin.scoring.trees import grow
 
 K = 3
@@ -236,6 +236,7 @@ def task(name: str, engine: Engine, tokenizer, examples: list[Example], n: int, 
     train, held = examples[:n], examples[n:]
     holdout = check_holdout(name, held, train, None)
     variants = len(train[0].sequences)
+    engine.budget = budget_of_run(engine, train, args)
 
     def demonstrations(**keys) -> list[list[int]]:
         config = ICAConfig(holdout="unused", k=K, retrieval=args.retrieval, **keys)
@@ -308,6 +309,12 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def budget_of_run(engine: Engine, train: list[Example], args) -> Budget:
+    """What the plugin allows scoring in a run with this micro-batch."""
+    largest = max(sum(len(s.tokens) for s in row.sequences) for row in train)
+    return budget_for(engine.model.config, engine.device, args.micro_batch * largest)
+
+
 def peak_memory(engine: Engine, examples: list[Example], n: int, args) -> dict:
     """Peak memory of scoring a sample, the longest rows among it, against that of LoRA training steps on the longest rows."""
     train, held = examples[:n], examples[n:]
@@ -315,8 +322,7 @@ def peak_memory(engine: Engine, examples: list[Example], n: int, args) -> dict:
     sample = longest + list(range(0, len(train), max(1, len(train) // 12)))
     shown = [[(7 * i + j) % len(held) for j in range(K)] for i in sample]
     sequences = flatten([train[i] for i in sample], shown, held)
-    rows = args.micro_batch * max(sum(len(s.tokens) for s in row.sequences) for row in train)
-    engine.budget = budget_for(engine._base.config, engine.device, rows)
+    engine.budget = budget_of_run(engine, train, args)
     engine.logprobs(sequences[:2])
     with Peak() as scoring:
         engine.logprobs(sequences)

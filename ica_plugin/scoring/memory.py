@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-MAX_TOKENS = 8192
-MAX_LOGITS = 2**27
+MAX_TOKENS = 16384
+MAX_LOGITS = 2**28
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def budget_for(config: Any, device: torch.device, micro_batch_tokens: int) -> Bu
 
     A training step holds at least, per token, one hidden state per layer (gradient checkpointing), one layer in full and
     the logits. Scoring holds one layer without what backward needs, and logits at the scored positions alone. Half of
-    what a training step holds goes to the layer, half to the logits, which are never above 2²⁷ elements (256 MB in
+    what a training step holds goes to the layer, half to the logits, which are never above 2²⁸ elements (512 MB in
     bfloat16). On a GPU scoring also takes at most half of the memory that is free.
 
     Args:
