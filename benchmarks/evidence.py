@@ -1,0 +1,323 @@
+"""What helps: the same training with and without weights, on data of which part is bad, by every scorer.
+
+    python benchmarks/evidence.py noise --model SmolLM2-135M-Instruct --data <folder of the data files>
+    python benchmarks/evidence.py off-target ...
+    python benchmarks/evidence.py preferences ...
+    python benchmarks/evidence.py simpo ...
+
+For each seed, rows are drawn, scored with the policy as it is before the first step, and a LoRA is trained once per method by
+TRL's own trainers. Results are kept after every run in docs/evidence/<experiment>.json, so a stopped command goes on where it
+was; docs/evidence.md gets the tables and pictures of all experiments that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from evidence_page import FOLDER, write_page
+from evidence_rows import Row, Rows, draw
+from peft import LoraConfig
+from scipy.stats import rankdata, spearmanr
+from scoring import machine_name
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+from ica_plugin import attach
+from ica_plugin.config import parse_config
+from ica_plugin.scoring import scores_for, total_score
+from ica_plugin.weighting import weights_from_scores
+
+SUM = "ica + likelihood"
+
+# Sizes and learning rates were chosen so that the oracle is ahead of no weighting, before any other method was run.
+EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "noise": {
+        "rows": {"clean": 32, "altered numbers": 24, "another row's answer": 24, "steps dropped": 8, "steps shuffled": 8, "holdout": 200, "test": 48},
+        "longest": 110,
+        "learning_rate": 2e-3,
+        "scorers": ["ica", "likelihood", "one_shot", "rho", "rds", "influence", "random"],
+    },
+    "off-target": {
+        "rows": {"gsm8k": 32, "alpaca": 32, "code": 32, "holdout": 200, "test": 48},
+        "longest": 110,
+        "learning_rate": 3e-4,
+        "scorers": ["ica", "likelihood", "one_shot", "rho", "rds", "influence", "random"],
+    },
+    "preferences": {
+        "rows": {"right way round": 50, "flipped": 22, "holdout": 50, "test": 60},
+        "longest": 150,
+        "learning_rate": 1e-3,
+        "scorers": ["ica", "likelihood", "one_shot", "lossdiff", "rds", "influence", "random"],
+    },
+}
+EXPERIMENTS["simpo"] = EXPERIMENTS["preferences"]
+
+# Method → keys of the `ica:` block.
+METHODS: dict[str, dict[str, Any]] = {
+    "ica": {"score": "ica"},
+    "ica, refreshed": {"score": "ica", "refresh_interval": 0.25},
+    "ica, rank": {"score": "ica", "weighting": "rank"},
+    "likelihood": {"score": "likelihood"},
+    SUM: {"score": SUM},
+    f"{SUM}, refreshed": {"score": SUM, "refresh_interval": 0.25},
+    f"{SUM}, temperature 0.5": {"score": SUM, "temperature": 0.5},
+    f"{SUM}, best third alone": {"score": SUM, "weighting": "top", "keep": 1 / 3},
+    "one_shot": {"score": "one_shot"},
+    "rds": {"score": "rds"},
+    "influence": {"score": "influence"},
+    "random": {"score": "random"},
+}
+SFT_METHODS = METHODS | {"rho": {"score": "rho"}}
+PAIR_METHODS = METHODS | {
+    "lossdiff": {"score": "lossdiff"},
+    "ica-irm, refreshed": {"score": "ica-irm", "weighting": "top", "refresh_interval": 0.25},
+    "lossdiff-irm, refreshed": {"score": "lossdiff-irm", "weighting": "top", "refresh_interval": 0.25},
+}
+BARE = ("no weighting", "oracle", "good rows alone", "holdout alone")
+# How demonstrations are found, for the default's sake: scores of the first seed's rows, no training.
+RETRIEVALS = ("bm25", "random")
+LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+HOLDOUT_ADAPTER = {"steps": 25, "learning_rate": 1e-3}
+
+
+class Experiment:
+    """One experiment on one seed's rows.
+
+    Args:
+        name: of the experiment.
+        args: of the command line.
+        seed: of the draw, the LoRA's start and the order of the rows.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace, seed: int):
+        self.name, self.args, self.seed, self.settings = name, args, seed, EXPERIMENTS[name]
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        drawn = "preferences" if name == "simpo" else name
+        sizes = {kind: count * (args.scale if kind != "test" else 1) for kind, count in self.settings["rows"].items()}
+        self.rows: Rows = draw(drawn, Path(args.data), self._fits, seed, sizes)
+        self.kinds = np.array([row["kind"] for row in self.rows.train])
+        self.pairs = "chosen" in self.rows.train[0]
+        self.scores: dict[str, np.ndarray] = {}
+        self.tokens = np.array([self._answer_tokens(row) for row in self.rows.train])
+
+    def _fits(self, row: Row) -> bool:
+        return all(len(self._tokens(row, side)[0]) <= self.settings["longest"] for side in ("completion", "chosen", "rejected") if side in row)
+
+    def _tokens(self, row: Row, side: str) -> tuple[list[int], int]:
+        text = self.tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False)
+        prompt = self.tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text).input_ids, len(self.tokenizer(prompt).input_ids)
+
+    def _answer_tokens(self, row: Row) -> int:
+        tokens, prompt = self._tokens(row, "chosen" if self.pairs else "completion")
+        return len(tokens) - prompt
+
+    def trainer(self, rows: list[Row] | None = None) -> Any:
+        """A fresh LoRA on the model, and TRL's trainer for it; with `rows`, as many steps on them as on the train rows."""
+        gpu = torch.cuda.is_available()
+        torch.manual_seed(self.seed)
+        model = AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.bfloat16)
+        steps = -(-len(self.rows.train) // self.args.batch)
+        settings = {
+            "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": self.args.batch, "max_steps": steps,
+            "learning_rate": self.settings["learning_rate"], "seed": self.seed, "use_cpu": not gpu, "bf16": gpu,
+            "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+        }
+        make, config = {
+            "preferences": (DPOTrainer, DPOConfig), "simpo": (CPOTrainer, CPOConfig),
+        }.get(self.name, (SFTTrainer, SFTConfig))
+        if self.name == "simpo":
+            settings |= {"loss_type": "simpo", "cpo_alpha": 0.0, "max_length": 512}
+        return make(
+            model, args=config(**settings), train_dataset=_dataset(rows or self.rows.train), processing_class=self.tokenizer,
+            peft_config=LoraConfig(**LORA),
+        )
+
+    def block(self, keys: dict[str, Any]) -> dict[str, Any]:
+        return {"holdout_adapter": HOLDOUT_ADAPTER, "seed": self.seed, **keys}
+
+    def score(self, holdout: list[Row], retrievals: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+        """Score the train rows by every scorer, each alone, with the policy before its first step; ICA also with other `retrievals`."""
+        lines = []
+        callback = attach(self.trainer(), self.block({}), holdout=_dataset(holdout))
+        assert self.pairs or np.array_equal(self.tokens, callback.tokens)
+        rows = list(range(len(callback.train)))
+        retrieved: dict[str, list[list[int]]] = {}
+        plans = [(name, "policy") for name in self.settings["scorers"]] + [("ica", retrieval) for retrieval in retrievals]
+        for name, retrieval in plans:
+            begin = time.monotonic()
+            callback.config = parse_config(self.block({"holdout": "rows", "score": name, "retrieval": retrieval}))
+            if callback.config.shows_demonstrations and (retrieval not in retrieved or name == "ica"):
+                retrieved[retrieval] = [demos for _, demos in callback._retrieve(rows)]
+            context = callback.scoring_context(rows, retrieved.get(retrieval, [[] for _ in rows]))
+            scores = total_score(callback.config, scores_for(context))
+            label = name if retrieval == "policy" else f"{name}, retrieval {retrieval}"
+            self.scores[label] = scores
+            lines.append(self._described(label, scores, time.monotonic() - begin))
+        for label in ("ica", *(f"ica, retrieval {retrieval}" for retrieval in retrievals)):
+            columns = {"ica": self.scores[label], "likelihood": self.scores["likelihood"]}
+            both = total_score(parse_config({"holdout": "rows", "score": SUM}), columns)
+            lines.append(self._described(label.replace("ica", SUM), both, None))
+        return lines
+
+    def _described(self, label: str, scores: np.ndarray, seconds: float | None) -> dict[str, Any]:
+        good = self.kinds == self.rows.good
+        kinds = [kind for kind in dict.fromkeys(self.kinds.tolist()) if kind != self.rows.good]
+        return {
+            "seed": self.seed, "scorer": label, "seconds": seconds, "values": scores.tolist(), "kinds": self.kinds.tolist(),
+            "auroc": {kind: auroc(scores[good], scores[self.kinds == kind]) for kind in kinds},
+        }
+
+    def _mean_one(self, good: np.ndarray) -> np.ndarray:
+        return good / np.average(good, weights=None if self.pairs else self.tokens)
+
+    def run(self, method: str) -> dict[str, Any]:
+        """Train by a method, and measure on the test rows."""
+        keys = (PAIR_METHODS if self.pairs else SFT_METHODS).get(method)
+        weights = None
+        if method == "oracle":
+            weights = self._mean_one(self.kinds == self.rows.good)
+        elif keys is not None and "refresh_interval" not in keys:
+            config = parse_config(self.block({"holdout": "rows", **keys}))
+            weights = weights_from_scores(total_score(config, self.scores), config, tokens=self.tokens, by_token=not self.pairs).values
+        alone = {"holdout alone": self.rows.holdout}.get(method)
+        if method.endswith("alone") and alone is None:
+            kept = self.kinds == self.rows.good if weights is None else weights > 0
+            alone, weights = [row for row, keep in zip(self.rows.train, kept, strict=True) if keep], None
+        trainer, callback = self.trainer(alone), None
+        if weights is not None:
+            callback = attach(trainer, weights=weights)
+        elif keys is not None and alone is None:
+            callback = attach(trainer, self.block(keys), holdout=_dataset(self.rows.holdout))
+        begin = time.monotonic()
+        trainer.train()
+        seconds = time.monotonic() - begin
+        return {
+            "seed": self.seed, "method": method, "seconds": seconds, "scoring seconds": callback.scoring_seconds if callback else 0.0,
+            "steps": trainer.state.global_step, **self.measure(trainer.model),
+        }
+
+    @torch.no_grad()
+    def measure(self, model: Any) -> dict[str, float]:
+        """Loss per token of the test answers; for pairs, accuracy and margin (DPO: of the implicit reward, SimPO: of the mean
+        log-prob per token)."""
+        model.eval()
+        if not self.pairs:
+            sums, counts = _logprobs(model, [self._tokens(row, "completion") for row in self.rows.test])
+            return {"loss": float(-sums.sum() / counts.sum())}
+        margins = self._margins(model)
+        if self.name == "preferences":
+            with model.disable_adapter():
+                margins = 0.1 * (margins - self._margins(model))
+        return {"accuracy": float((margins > 0).mean()), "margin": float(margins.mean())}
+
+    def _margins(self, model: Any) -> np.ndarray:
+        sides = []
+        for side in ("chosen", "rejected"):
+            sums, counts = _logprobs(model, [self._tokens(row, side) for row in self.rows.test])
+            sides.append(sums / (counts if self.name == "simpo" else 1))
+        return sides[0] - sides[1]
+
+
+def stability(one: Experiment, other: Experiment, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rank correlation of the first seed's scores with those of the same rows against the other seed's holdout."""
+    before = {line["scorer"]: line["values"] for line in results["scores"] if line["seed"] == one.seed}
+    trained = {json.dumps(row["prompt"]) for row in one.rows.train}
+    again = one.score([row for row in other.rows.holdout if json.dumps(row["prompt"]) not in trained])
+    return [
+        {"scorer": line["scorer"], "stability": float(spearmanr(before[line["scorer"]], line["values"]).statistic)}
+        for line in again
+    ]
+
+
+def _logprobs(model: Any, rows: list[tuple[list[int], int]], batch: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Summed log-prob and number of the tokens after the prompt: a plain padded loop, none of the plugin's code."""
+    sums, counts = [], []
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        longest = max(len(tokens) for tokens, _ in part)
+        ids = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in part], device=model.device)
+        mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens, _ in part], device=model.device)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        values = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        position = torch.arange(1, longest, device=model.device)
+        answer = torch.stack([(position >= prompt) & (position < len(tokens)) for tokens, prompt in part])
+        sums += (values * answer).sum(1).tolist()
+        counts += answer.sum(1).tolist()
+    return np.array(sums), np.array(counts)
+
+
+def _dataset(rows: list[Row]) -> Dataset:
+    return Dataset.from_list([{key: value for key, value in row.items() if key != "kind"} for row in rows])
+
+
+def auroc(good: np.ndarray, bad: np.ndarray) -> float:
+    """Chance that a good row scores above a bad one; ties count half."""
+    ranks = rankdata(np.concatenate([good, bad]))[: len(good)]
+    return float((ranks.sum() - len(good) * (len(good) + 1) / 2) / (len(good) * len(bad)))
+
+
+def _save(file: Path, results: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--model", required=True), parser.add_argument("--data", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--scale", type=int, default=1, help="times as many rows, for a GPU")
+    parser.add_argument("--out", type=Path, help="another file for the results; the page is then left alone")
+    args = parser.parse_args()
+
+    file = args.out or FOLDER / f"{args.experiment}.json"
+    results = json.loads(file.read_text()) if file.exists() else {"scores": [], "runs": []}
+    if results.get("settings", EXPERIMENTS[args.experiment]) != EXPERIMENTS[args.experiment]:
+        raise SystemExit(f"{file} has results of other settings; move it away to start anew.")
+    results |= {
+        "machine": machine_name(), "threads": torch.get_num_threads(), "model": Path(args.model).name, "batch": args.batch,
+        "scale": args.scale, "settings": EXPERIMENTS[args.experiment],
+    }
+    for seed in args.seeds:
+        experiment = Experiment(args.experiment, args, seed)
+        everything = PAIR_METHODS if experiment.pairs else SFT_METHODS
+        wanted = args.methods or ["no weighting", "oracle", "good rows alone", *everything, "holdout alone"]
+        done = {run["method"] for run in results["runs"] if run["seed"] == seed}
+        if not [method for method in wanted if method not in done]:
+            continue
+        if not any(run["seed"] == seed and run["method"] == "before" for run in results["runs"]):
+            results["runs"].append({"seed": seed, "method": "before", **experiment.measure(experiment.trainer().model)})
+        known = {line["scorer"]: line for line in results["scores"] if line["seed"] == seed}
+        if not set(wanted) <= set(BARE):
+            if not known:
+                retrievals = RETRIEVALS if seed == args.seeds[0] else ()
+                known = {line["scorer"]: line for line in experiment.score(experiment.rows.holdout, retrievals)}
+                results["scores"] += known.values()
+                _save(file, results)
+            experiment.scores = {name: np.array(line["values"]) for name, line in known.items()}
+        for method in wanted:
+            if method not in done:
+                results["runs"].append(experiment.run(method))
+                _save(file, results)
+                print(results["runs"][-1], flush=True)
+    if args.methods is None and len(args.seeds) > 1 and "stability" not in results:
+        results["stability"] = stability(*(Experiment(args.experiment, args, seed) for seed in args.seeds[:2]), results)
+        _save(file, results)
+    if args.out is None:
+        write_page()
+
+
+if __name__ == "__main__":
+    main()

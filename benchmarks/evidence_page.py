@@ -1,0 +1,129 @@
+"""Tables and pictures of the evidence, from the results of the runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
+FOLDER = PAGE.with_suffix("")
+# Metric → whether less of it is better.
+METRICS = {"loss": True, "accuracy": False, "margin": False}
+
+
+def write_page() -> None:
+    """Put each experiment's tables between its two marks in docs/evidence.md, and its picture beside its results."""
+    text = PAGE.read_text()
+    for file in sorted(FOLDER.glob("*.json")):
+        results, name = json.loads(file.read_text()), file.stem
+        draw(results, file.with_suffix(".png"))
+        picture = f"![{name}: what each method changes](evidence/{name}.png)"
+        tables = "\n\n".join(["", described(results), methods(results), picture, scorers(results), ""])
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        between = start + tables + end
+        text, found = re.subn(f"{start}.*?{end}", lambda _, between=between: between, text, flags=re.S)
+        if not found:
+            raise SystemExit(f"{PAGE}: no `{start}` … `{end}` to put the tables between.")
+    PAGE.write_text(text)
+
+
+def described(results: dict[str, Any]) -> str:
+    """One sentence on what was run where."""
+    settings = results["settings"]
+    rows = ", ".join(f"{count * (1 if kind == 'test' else results['scale'])} {kind}" for kind, count in settings["rows"].items())
+    seeds = sorted({run["seed"] for run in results["runs"]})
+    return (
+        f"{results['model']} in bfloat16, LoRA r = 8 on the query and value projections, {rows} (rows of up to {settings['longest']} "
+        f"tokens); batch {results['batch']}, learning rate {settings['learning_rate']:g} falling linearly to 0, one epoch; seeds "
+        f"{', '.join(map(str, seeds))}; {results['machine']}, {results['threads']} thread(s)."
+    )
+
+
+def _of(results: dict[str, Any], method: str) -> dict[int, dict[str, Any]]:
+    return {run["seed"]: run for run in results["runs"] if run["method"] == method}
+
+
+def _metrics(results: dict[str, Any]) -> list[str]:
+    return [metric for metric in METRICS if metric in results["runs"][0]]
+
+
+def gains(results: dict[str, Any], method: str, metric: str) -> np.ndarray:
+    """How much better than no weighting, seed by seed: both are on the same rows, in the same order, from the same start."""
+    plain, mine = _of(results, "no weighting"), _of(results, method)
+    sign = -1 if METRICS[metric] else 1
+    return np.array([sign * (mine[seed][metric] - plain[seed][metric]) for seed in sorted(mine.keys() & plain.keys())])
+
+
+def _spread(values: np.ndarray, digits: int, sign: str = "") -> str:
+    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.{digits}f}{spread}"
+
+
+def methods(results: dict[str, Any]) -> str:
+    """Table of the methods, the best first; mean and standard deviation over seeds."""
+    metrics = _metrics(results)
+    digits = {"loss": 4, "accuracy": 3, "margin": 3}
+    names = [name for name in dict.fromkeys(run["method"] for run in results["runs"]) if name != "before"]
+    names.sort(key=lambda name: -gains(results, name, metrics[0]).mean())
+    lines = []
+    for name in ["before", *names]:
+        runs = _of(results, name)
+        cells = []
+        for metric in metrics:
+            cells.append(_spread(np.array([run[metric] for run in runs.values()]), digits[metric]))
+            if name == "before":
+                cells += ["", ""]
+                continue
+            gain = gains(results, name, metric)
+            apart = f"{gain.mean() / gain.std(ddof=1):+.1f}" if len(gain) > 1 and gain.std(ddof=1) > 0 else ""
+            cells += ["", ""] if name == "no weighting" else [_spread(gain, digits[metric], "+"), apart]
+        seconds = [""] * 2 if name == "before" else [f"{np.mean([run[key] for run in runs.values()]):.0f}" for key in ("seconds", "scoring seconds")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {seconds[0]} | {seconds[1]} |")
+    head = " | ".join(f"{metric} | gain over no weighting | in standard deviations" for metric in metrics)
+    columns = 3 * len(metrics) + 3
+    return "\n".join([f"| method | {head} | run, s | of it scoring, s |", "|" + "---|" * columns, *lines])
+
+
+def scorers(results: dict[str, Any]) -> str:
+    """Table of the scores: AUROC of a good row against each bad kind, seconds, and agreement over seeds."""
+    if not results["scores"]:
+        return ""
+    kinds = list(results["scores"][0]["auroc"])
+    stability = {line["scorer"]: line["stability"] for line in results.get("stability", [])}
+    head = [*(f"AUROC against {kind}" for kind in kinds), "seconds, alone", *(["same rows, another holdout: rank correlation"] if stability else [])]
+    lines = []
+    for name in dict.fromkeys(line["scorer"] for line in results["scores"]):
+        mine = [line for line in results["scores"] if line["scorer"] == name]
+        cells = [_spread(np.array([line["auroc"][kind] for line in mine]), 2) for kind in kinds]
+        seconds = [line["seconds"] for line in mine if line["seconds"] is not None]
+        cells.append(f"{np.mean(seconds):.0f}" if seconds else "")
+        if stability:
+            cells.append(f"{stability[name]:.2f}" if name in stability else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([f"| score | {' | '.join(head)} |", "|" + "---|" * (len(head) + 1), *lines])
+
+
+def draw(results: dict[str, Any], file: Path) -> None:
+    """Gain of each method over no weighting: a dot per seed, a line at the mean."""
+    metric = _metrics(results)[0]
+    names = [name for name in dict.fromkeys(run["method"] for run in results["runs"]) if name not in ("before", "no weighting")]
+    names.sort(key=lambda name: gains(results, name, metric).mean())
+    figure, axes = plt.subplots(figsize=(7, 0.3 * len(names) + 1))
+    for i, name in enumerate(names):
+        gain = gains(results, name, metric)
+        axes.plot(gain, [i] * len(gain), "o", color="tab:blue", alpha=0.6)
+        axes.plot([gain.mean()] * 2, [i - 0.3, i + 0.3], color="black")
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_xlabel(f"{'lower' if METRICS[metric] else 'higher'} {metric} on the test rows than without weights")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
