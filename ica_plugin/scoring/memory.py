@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-MAX_TOKENS = 16384
+MAX_TOKENS = 8192
 MAX_LOGITS = 2**28
 
 
