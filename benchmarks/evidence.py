@@ -25,7 +25,7 @@ from datasets import Dataset
 from evidence_page import FOLDER, write_page
 from evidence_rows import Row, Rows, draw
 from peft import LoraConfig
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import spearmanr
 from scoring import machine_name
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -34,6 +34,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from ica_plugin import attach
 from ica_plugin.config import parse_config
 from ica_plugin.scoring import scores_for, total_score
+from ica_plugin.tools.audit import auroc
 from ica_plugin.weighting import weights_from_scores
 
 SUM = "ica + likelihood"
@@ -156,7 +157,7 @@ class Experiment:
         for name, retrieval in plans:
             begin = time.monotonic()
             callback.config = parse_config(self.block({"holdout": "rows", "score": name, "retrieval": retrieval}))
-            if callback.config.shows_demonstrations and (retrieval not in retrieved or name == "ica"):
+            if callback.config.shows_demonstrations and retrieval not in retrieved:
                 retrieved[retrieval] = [demos for _, demos in callback._retrieve(rows)]
             context = callback.scoring_context(rows, retrieved.get(retrieval, [[] for _ in rows]))
             scores = total_score(callback.config, scores_for(context))
@@ -174,7 +175,7 @@ class Experiment:
         kinds = [kind for kind in dict.fromkeys(self.kinds.tolist()) if kind != self.rows.good]
         return {
             "seed": self.seed, "scorer": label, "seconds": seconds, "values": scores.tolist(), "kinds": self.kinds.tolist(),
-            "auroc": {kind: auroc(scores[good], scores[self.kinds == kind]) for kind in kinds},
+            "auroc": {kind: auroc(np.concatenate([scores[good], scores[self.kinds == kind]]), int(good.sum())) for kind in kinds},
         }
 
     def _mean_one(self, good: np.ndarray) -> np.ndarray:
@@ -258,12 +259,6 @@ def _logprobs(model: Any, rows: list[tuple[list[int], int]], batch: int = 8) -> 
 
 def _dataset(rows: list[Row]) -> Dataset:
     return Dataset.from_list([{key: value for key, value in row.items() if key != "kind"} for row in rows])
-
-
-def auroc(good: np.ndarray, bad: np.ndarray) -> float:
-    """Chance that a good row scores above a bad one; ties count half."""
-    ranks = rankdata(np.concatenate([good, bad]))[: len(good)]
-    return float((ranks.sum() - len(good) * (len(good) + 1) / 2) / (len(good) * len(bad)))
 
 
 def _save(file: Path, results: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import tiny
 from ica_plugin import attach
 from ica_plugin.errors import ICAError
 from ica_plugin.examples import Example, Sequence
-from ica_plugin.tools.audit import _agreement, _auroc, _sections, audit_numbers
+from ica_plugin.tools.audit import _agreement, _sections, audit_numbers, auroc
 from ica_plugin.tools.noise import corrupted
 from ica_plugin.tools.page import write_page
 from peft import LoraConfig, get_peft_model
@@ -60,12 +60,12 @@ def test_chosen_scorers_and_too_few_rows(callback):
         callback.train = few
 
 
-def test_agreement_and_auroc():
+def test_agreement_andauroc():
     a = np.arange(20.0)
     assert _agreement(a, a) == {"rank correlation": 1.0, "best tenth shared": 1.0, "worst tenth shared": 1.0}
     assert _agreement(a, -a)["best tenth shared"] == 0.0 and _agreement(a, np.ones(20))["rank correlation"] is None
-    assert _auroc(np.array([3.0, 2, 1, 0]), 2) == 1.0 and _auroc(np.array([1.0, 1, 1, 1]), 2) == 0.5
-    assert _auroc(np.array([2.0, 0, 1, np.nan]), 2) == 0.5
+    assert auroc(np.array([3.0, 2, 1, 0]), 2) == 1.0 and auroc(np.array([1.0, 1, 1, 1]), 2) == 0.5
+    assert auroc(np.array([2.0, 0, 1, np.nan]), 2) == 0.5
 
 
 def test_corruptions_change_the_last_answer_alone():

@@ -210,7 +210,7 @@ class _Audit:
             rows = [*here, *range(start, start + len(here))]
             part = {name: column[rows] for name, column in columns.items()}
             result.append(
-                {"corruption": kind, "rows": len(here)} | {name: _auroc(self.total(name, part), len(here)) for name in names}
+                {"corruption": kind, "rows": len(here)} | {name: auroc(self.total(name, part), len(here)) for name in names}
             )
             start += len(here)
         return result
@@ -250,7 +250,7 @@ def _agreement(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def _auroc(scores: np.ndarray, clean: int) -> float | None:
+def auroc(scores: np.ndarray, clean: int) -> float | None:
     """Chance that one of the first `clean` rows scores above one of the others; ties count half."""
     good, bad = (part[np.isfinite(part)] for part in (scores[:clean], scores[clean:]))
     if not len(good) or not len(bad):
