@@ -54,8 +54,8 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "scorers": ["ica", "likelihood", "one_shot", "rho", "rds", "influence", "random"],
     },
     "preferences": {
-        "rows": {"right way round": 50, "flipped": 22, "holdout": 50, "test": 60},
-        "longest": 150,
+        "rows": {"right way round": 34, "flipped": 14, "holdout": 40, "test": 60},
+        "longest": 160,
         "learning_rate": 1e-3,
         "scorers": ["ica", "likelihood", "one_shot", "lossdiff", "rds", "influence", "random"],
     },

@@ -100,12 +100,17 @@ def instructions(path: Path) -> list[Row]:
 
 
 def solutions(path: Path) -> list[Row]:
-    """One pair per question that one model got right and another wrong: the shortest of each."""
+    """One pair per question that one model got right and another wrong, with the right answer the shorter by a tenth at least.
+
+    A model of this size cannot tell right arithmetic from wrong, but it can learn that wrong answers ramble.
+    """
     pairs = []
     for row in map(json.loads, path.read_text().splitlines()):
-        of = {right: sorted((_without_marks(row[m]["solution"]) for m in MODELS if row[m]["is_correct"] == right), key=len) for right in (True, False)}
+        of = {right: [_without_marks(row[m]["solution"]) for m in MODELS if row[m]["is_correct"] == right] for right in (True, False)}
         if of[True] and of[False]:
-            pairs.append({"prompt": _prompt(row["question"]), "chosen": _response(of[True][0]), "rejected": _response(of[False][0])})
+            chosen, rejected = min(of[True], key=len), max(of[False], key=len)
+            if len(chosen) <= 0.9 * len(rejected):
+                pairs.append({"prompt": _prompt(row["question"]), "chosen": _response(chosen), "rejected": _response(rejected)})
     return pairs
 
 

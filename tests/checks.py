@@ -6,9 +6,6 @@ own run without the plugin.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,14 +22,6 @@ MakeTrainer = Callable[..., object]
 
 def callback_of(trainer) -> ICACallback:
     return next(c for c in trainer.callback_handler.callbacks if isinstance(c, ICACallback))
-
-
-def torchrun(script: str, processes: int, *arguments: object) -> subprocess.CompletedProcess:
-    """Run a script by torchrun on this machine, with this folder's modules; its output is captured."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", script, *map(str, arguments)]
-    paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": paths})
 
 
 def write_weights(path: Path, weights) -> Path:

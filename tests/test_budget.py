@@ -16,7 +16,8 @@ from ica_plugin.config import ICAConfig, parse_config
 from ica_plugin.errors import ICAError
 from ica_plugin.examples import Example, Sequence
 
-from checks import callback_of, torchrun
+from checks import callback_of
+from processes import torchrun
 from runs import ROWS, refreshes, run
 
 

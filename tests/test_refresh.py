@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from checks import torchrun
+from processes import torchrun
 from runs import ROWS, Recorder, refreshes, run
+
 
 def check_windows(trainer: Recorder, folder: Path) -> None:
     """Every refresh scored exactly the rows that were trained until the next one."""

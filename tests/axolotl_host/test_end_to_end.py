@@ -1,9 +1,7 @@
 """`axolotl train` as a user runs it, by subprocess, on a tiny model."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +11,15 @@ import tiny
 import torch
 import yaml
 from harness import write_config
+from processes import run
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.host
 EXAMPLES = Path(__file__).parents[2] / "example_configs" / "axolotl"
 
 
-def axolotl(*arguments: str, timeout: int = 600, **variables: str) -> subprocess.CompletedProcess:
-    binaries = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", **variables}
-    return subprocess.run(
-        [str(binaries / "axolotl"), *arguments], env=environment, capture_output=True, text=True, timeout=timeout
-    )
+def axolotl(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    return run("axolotl", *arguments, **variables)
 
 
 def train(config: Path) -> subprocess.CompletedProcess:

@@ -1,11 +1,9 @@
 """`ica-plugin score` and `select` with Axolotl configs."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
+import processes
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -67,11 +65,8 @@ def test_score_pairs_and_a_full_finetune(tmp_path, tiny_model):
 def test_score_by_two_processes(tmp_path, tiny_model):
     config = write_config(tmp_path, tiny_model, "sft", tiny.sft_rows(9, seed=1), tiny.sft_rows(6, seed=9), {"k": 2})
     run("score", config, "--out", tmp_path / "one.parquet")
-    accelerate = Path(sys.executable).parent / "accelerate"
-    done = subprocess.run(
-        [accelerate, "launch", "--cpu", "--num_processes", "2", "-m", "ica_plugin.cli", "score", config, "--out", tmp_path / "two.parquet"],
-        capture_output=True, text=True, timeout=300,
-    )
+    launcher = ("accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "ica_plugin.cli")
+    done = processes.run(*launcher, "score", config, "--out", tmp_path / "two.parquet")
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "two"))
     np.testing.assert_allclose(one["score"].to_numpy(), two["score"].to_numpy(), atol=1e-4)

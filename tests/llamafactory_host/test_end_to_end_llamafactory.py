@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +13,16 @@ import tiny
 import yaml
 from checks import callback_of
 from llamafactory_harness import ROWS, Maker, dataset_entry, run_args, write_data
+from processes import run
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.host
 EXAMPLES = Path(__file__).parents[2] / "example_configs" / "llamafactory"
-BIN = Path(sys.executable).parent
 
 
 def command(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
     """Run a command of this environment."""
-    variables = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([str(BIN / arguments[0]), *arguments[1:]], env=variables, capture_output=True, text=True, timeout=600)
+    done = run(*arguments, **environment)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from checks import callback_of, parameters, torchrun
+from checks import callback_of, parameters
+from processes import torchrun
 from safetensors.torch import load_file, save_file
 
 
