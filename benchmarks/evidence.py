@@ -60,7 +60,8 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "scorers": ["ica", "likelihood", "one_shot", "lossdiff", "rds", "influence", "random"],
     },
 }
-EXPERIMENTS["simpo"] = EXPERIMENTS["preferences"]
+# SimPO needs larger steps to move.
+EXPERIMENTS["simpo"] = EXPERIMENTS["preferences"] | {"learning_rate": 3e-3}
 
 # Method → keys of the `ica:` block.
 METHODS: dict[str, dict[str, Any]] = {
@@ -69,16 +70,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "ica, rank": {"score": "ica", "weighting": "rank"},
     "likelihood": {"score": "likelihood"},
     SUM: {"score": SUM},
-    f"{SUM}, refreshed": {"score": SUM, "refresh_interval": 0.25},
-    f"{SUM}, temperature 0.5": {"score": SUM, "temperature": 0.5},
-    f"{SUM}, best third alone": {"score": SUM, "weighting": "top", "keep": 1 / 3},
     "one_shot": {"score": "one_shot"},
     "rds": {"score": "rds"},
     "influence": {"score": "influence"},
     "random": {"score": "random"},
 }
-SFT_METHODS = METHODS | {"rho": {"score": "rho"}}
+SFT_METHODS = METHODS | {
+    f"{SUM}, refreshed": {"score": SUM, "refresh_interval": 0.25},
+    f"{SUM}, temperature 0.5": {"score": SUM, "temperature": 0.5},
+    f"{SUM}, best third alone": {"score": SUM, "weighting": "top", "keep": 1 / 3},
+    "rho": {"score": "rho"},
+}
 PAIR_METHODS = METHODS | {
+    f"{SUM}, best two thirds alone": {"score": SUM, "weighting": "top", "keep": 2 / 3},
+    "ica, best two thirds alone": {"score": "ica", "weighting": "top", "keep": 2 / 3},
     "lossdiff": {"score": "lossdiff"},
     "ica-irm, refreshed": {"score": "ica-irm", "weighting": "top", "refresh_interval": 0.25},
     "lossdiff-irm, refreshed": {"score": "lossdiff-irm", "weighting": "top", "refresh_interval": 0.25},
@@ -102,6 +107,7 @@ class Experiment:
     def __init__(self, name: str, args: argparse.Namespace, seed: int):
         self.name, self.args, self.seed, self.settings = name, args, seed, EXPERIMENTS[name]
         self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token  # CPOTrainer sets it after it made its collator
         drawn = "preferences" if name == "simpo" else name
         sizes = {kind: count * (args.scale if kind != "test" else 1) for kind, count in self.settings["rows"].items()}
         self.rows: Rows = draw(drawn, Path(args.data), self._fits, seed, sizes)
@@ -158,7 +164,7 @@ class Experiment:
             begin = time.monotonic()
             callback.config = parse_config(self.block({"holdout": "rows", "score": name, "retrieval": retrieval}))
             if callback.config.shows_demonstrations and retrieval not in retrieved:
-                retrieved[retrieval] = [demos for _, demos in callback._retrieve(rows)]
+                retrieved[retrieval] = callback.find_demonstrations(rows)
             context = callback.scoring_context(rows, retrieved.get(retrieval, [[] for _ in rows]))
             scores = total_score(callback.config, scores_for(context))
             label = name if retrieval == "policy" else f"{name}, retrieval {retrieval}"
@@ -279,12 +285,11 @@ def main() -> None:
 
     file = args.out or FOLDER / f"{args.experiment}.json"
     results = json.loads(file.read_text()) if file.exists() else {"scores": [], "runs": []}
-    if results.get("settings", EXPERIMENTS[args.experiment]) != EXPERIMENTS[args.experiment]:
-        raise SystemExit(f"{file} has results of other settings; move it away to start anew.")
-    results |= {
-        "machine": machine_name(), "threads": torch.get_num_threads(), "model": Path(args.model).name, "batch": args.batch,
-        "scale": args.scale, "settings": EXPERIMENTS[args.experiment],
-    }
+    setup = {"model": Path(args.model).name, "batch": args.batch, "scale": args.scale, "settings": EXPERIMENTS[args.experiment]}
+    other = [key for key, value in setup.items() if results.get(key, value) != value]
+    if other:
+        raise SystemExit(f"{file} has results of another {', '.join(other)}; move it away to start anew.")
+    results |= {"machine": machine_name(), "threads": torch.get_num_threads(), **setup}
     for seed in args.seeds:
         experiment = Experiment(args.experiment, args, seed)
         everything = PAIR_METHODS if experiment.pairs else SFT_METHODS
@@ -297,7 +302,7 @@ def main() -> None:
         known = {line["scorer"]: line for line in results["scores"] if line["seed"] == seed}
         if not set(wanted) <= set(BARE):
             if not known:
-                retrievals = RETRIEVALS if seed == args.seeds[0] else ()
+                retrievals = RETRIEVALS if seed == args.seeds[0] and not experiment.pairs else ()
                 known = {line["scorer"]: line for line in experiment.score(experiment.rows.holdout, retrievals)}
                 results["scores"] += known.values()
                 _save(file, results)

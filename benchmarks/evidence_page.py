@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
 FOLDER = PAGE.with_suffix("")
 # Metric → whether less of it is better.
-METRICS = {"loss": True, "accuracy": False, "margin": False}
+METRICS = {"loss": True, "margin": False, "accuracy": False}
 
 
 def write_page() -> None:

@@ -163,8 +163,10 @@ class ICACallback(TrainerCallback):
         if self._budgeted is not None:
             self._budgeted.allowance.open(self.trainer.state.global_step, self._serves_until(steps))
         elif self._demonstrations is None:
-            everyone = self._on_all_ranks(lambda: self._retrieve(list(range(rank, len(self.train), ranks))))
-            self._demonstrations = [demos for _, demos in sorted(pair for part in everyone for pair in part)]
+            everyone = self._on_all_ranks(lambda: self.find_demonstrations(list(range(rank, len(self.train), ranks))))
+            self._demonstrations = [[] for _ in self.train]
+            for first, part in enumerate(everyone):
+                self._demonstrations[first::ranks] = part
             if self.config.shows_demonstrations:
                 report_fewer(self._demonstrations, self.config.k, len(self.holdout.shown))
         mine = rows[rank::ranks] if shared else rows
@@ -227,9 +229,10 @@ class ICACallback(TrainerCallback):
                 raise ICAError(f"scoring failed on rank {rank}: {failure}")
         return [part for part, _ in gathered]
 
-    def _retrieve(self, rows: list[int]) -> list[tuple[int, list[int]]]:
+    def find_demonstrations(self, rows: list[int]) -> list[list[int]]:
+        """Indices of the holdout rows that each train row is shown, by the policy as it is now."""
         if not self.config.shows_demonstrations:
-            return [(row, []) for row in rows]
+            return [[] for _ in rows]
         tokenizer = self.trainer.processing_class
         embed, holdouts = self._get_engine().embeddings, [self.holdout.only(name) for name in self.holdout.sets]
         if self._budgeted is not None:
@@ -246,7 +249,7 @@ class ICACallback(TrainerCallback):
             )
             for holdout in holdouts
         ]
-        return [(row, sum(of_sets, [])) for row, *of_sets in zip(rows, *demonstrations, strict=True)]
+        return [sum(of_sets, []) for of_sets in zip(*demonstrations, strict=True)]
 
     def _score(self, rows: list[int]) -> dict[str, np.ndarray]:
         sequences = 2 * sum(len(self.train[row].sequences) for row in rows if self.train[row].can_be_scored)
@@ -308,7 +311,7 @@ class ICACallback(TrainerCallback):
     def _score_within_budget(self, rows: list[int]) -> dict[str, Any]:
         def retrieve_rows(chosen: list[int]) -> list[list[int]]:
             self._demonstrations = self._demonstrations or [[] for _ in self.train]
-            for row, demos in self._retrieve(chosen):
+            for row, demos in zip(chosen, self.find_demonstrations(chosen), strict=True):
                 self._demonstrations[row] = demos
             return [self._demonstrations[row] for row in chosen]
 
