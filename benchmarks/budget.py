@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from scipy.stats import spearmanr
-from scoring import DOCS, alpaca, gsm8k, machine_name, tokenise
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, LlamaConfig, Trainer, TrainingArguments
 
 from ica_plugin import attach
+from scoring import DOCS, alpaca, gsm8k, machine_name, tokenise
 
 
 def dataset(examples) -> Dataset:
@@ -38,10 +38,20 @@ def dataset(examples) -> Dataset:
 
 def train(model, tokenizer, rows: Dataset, folder: str, args, *, ica: dict | None = None, holdout=None, **settings):
     arguments = TrainingArguments(
-        folder, per_device_train_batch_size=args.batch, num_train_epochs=args.epochs, learning_rate=args.learning_rate, seed=0,
-        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, **settings,
+        folder,
+        per_device_train_batch_size=args.batch,
+        num_train_epochs=args.epochs,
+        learning_rate=args.learning_rate,
+        seed=0,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        **settings,
     )
-    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer), processing_class=tokenizer)
+    trainer = Trainer(
+        model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer), processing_class=tokenizer
+    )
     callback = attach(trainer, ica, holdout=holdout) if ica else None
     trainer.train()
     return callback
@@ -68,9 +78,15 @@ def main() -> None:
     rows, held = dataset(examples[: -args.holdout]), dataset(examples[-args.holdout :])
     if args.small:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        ))
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                intermediate_size=384,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+            )
+        )
         first = argparse.Namespace(**{**vars(args), "epochs": args.pretrain, "learning_rate": 1e-3})
         train(model, tokenizer, rows, tempfile.mkdtemp(), first)
     else:
@@ -82,37 +98,61 @@ def main() -> None:
     for budget in (None, *args.budgets):
         folder = tempfile.mkdtemp()
         settings = {} if budget else {"max_steps": 1}  # the weights of the start are all that is wanted of the exact run
-        callback = train(copy.deepcopy(model), tokenizer, rows, folder, args, ica={"budget": budget, **keys}, holdout=held, **settings)
+        callback = train(
+            copy.deepcopy(model), tokenizer, rows, folder, args, ica={"budget": budget, **keys}, holdout=held, **settings
+        )
         record = json.loads((Path(folder) / "ica" / "run.json").read_text())
         weights = callback.weights.numpy()
         if budget is None:
             exact, exact_seconds = weights, record["scoring_seconds"]
             continue
         share = record["scoring_seconds"] / record["training_seconds"]
-        runs.append({
-            "budget": budget, "steps": record["steps"], "scoring_seconds": record["scoring_seconds"],
-            "training_seconds": record["training_seconds"], "share_of_training": share, "rows_scored": record["scored_rows"],
-            "rows": len(rows), "leave_one_out": record["neighbour_correlation"],
-            "spearman": float(spearmanr(weights, exact).statistic), "pearson": float(np.corrcoef(weights, exact)[0, 1]),
-        })
+        runs.append(
+            {
+                "budget": budget,
+                "steps": record["steps"],
+                "scoring_seconds": record["scoring_seconds"],
+                "training_seconds": record["training_seconds"],
+                "share_of_training": share,
+                "rows_scored": record["scored_rows"],
+                "rows": len(rows),
+                "leave_one_out": record["neighbour_correlation"],
+                "spearman": float(spearmanr(weights, exact).statistic),
+                "pearson": float(np.corrcoef(weights, exact)[0, 1]),
+            }
+        )
         r, loo = runs[-1], runs[-1]["leave_one_out"]
         lines.append(
             f"| {budget:g} | {r['steps']} | {r['training_seconds']:.0f} | {r['scoring_seconds']:.1f} | {share:.1%} | "
             f"{r['rows_scored']} of {r['rows']} | {'–' if loo is None else format(loo, '.2f')} | {r['spearman']:.2f} | {r['pearson']:.2f} |"
         )
         print(r, flush=True)
-    policy = f"a Llama of 2 layers, width 128, trained on the rows for {args.pretrain:g} epochs" if args.small else Path(args.model).name
-    text = "\n".join([
-        f"# A scoring budget on {machine_name()}", "",
-        f"{policy}, {torch.get_num_threads()} CPU thread(s); {len(rows)} rows of {'GSM8K' if args.gsm8k else 'Alpaca'}, {len(held)} in the "
-        f"holdout, batch {args.batch}, `refresh_interval: never`. Scoring every row took {exact_seconds:.0f} s.", "",
-        "| budget | steps | training, s | scoring, s | share | rows scored | leave-one-out | rank correlation with the exact weights, all rows | Pearson |",
-        "|---|---|---|---|---|---|---|---|---|", *lines, "",
-    ])
+    policy = (
+        f"a Llama of 2 layers, width 128, trained on the rows for {args.pretrain:g} epochs"
+        if args.small
+        else Path(args.model).name
+    )
+    text = "\n".join(
+        [
+            f"# A scoring budget on {machine_name()}",
+            "",
+            f"{policy}, {torch.get_num_threads()} CPU thread(s); {len(rows)} rows of {'GSM8K' if args.gsm8k else 'Alpaca'}, {len(held)} in the "
+            f"holdout, batch {args.batch}, `refresh_interval: never`. Scoring every row took {exact_seconds:.0f} s.",
+            "",
+            "| budget | steps | training, s | scoring, s | share | rows scored | leave-one-out | rank correlation with the exact weights, all rows | Pearson |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *lines,
+            "",
+        ]
+    )
     DOCS.mkdir(parents=True, exist_ok=True)
     file = DOCS / ("budget-" + re.sub(r"[^a-z0-9]+", "-", machine_name().lower()).strip("-"))
     file.with_suffix(".md").write_text(text)
-    file.with_suffix(".json").write_text(json.dumps({"runs": runs, "arguments": {k: v for k, v in vars(args).items() if k not in ("model", "gsm8k", "alpaca")}}, indent=1))
+    file.with_suffix(".json").write_text(
+        json.dumps(
+            {"runs": runs, "arguments": {k: v for k, v in vars(args).items() if k not in ("model", "gsm8k", "alpaca")}}, indent=1
+        )
+    )
     print(text)
 
 

@@ -22,27 +22,35 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from evidence_page import FOLDER, write_page
-from evidence_rows import Row, Rows, draw
 from peft import LoraConfig
 from scipy.stats import spearmanr
-from scoring import machine_name
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
+from evidence_page import FOLDER, write_page
+from evidence_rows import Row, Rows, draw
 from ica_plugin import attach
 from ica_plugin.config import parse_config
 from ica_plugin.scoring import scores_for, total_score
 from ica_plugin.tools.audit import auroc
 from ica_plugin.weighting import weights_from_scores
+from scoring import machine_name
 
 SUM = "ica + likelihood"
 
 # Sizes and learning rates were chosen so that the oracle is ahead of no weighting, before any other method was run.
 EXPERIMENTS: dict[str, dict[str, Any]] = {
     "noise": {
-        "rows": {"clean": 32, "altered numbers": 24, "another row's answer": 24, "steps dropped": 8, "steps shuffled": 8, "holdout": 200, "test": 48},
+        "rows": {
+            "clean": 32,
+            "altered numbers": 24,
+            "another row's answer": 24,
+            "steps dropped": 8,
+            "steps shuffled": 8,
+            "holdout": 200,
+            "test": 48,
+        },
         "longest": 110,
         "learning_rate": 2e-3,
         "scorers": ["ica", "likelihood", "one_shot", "rho", "rds", "influence", "random"],
@@ -107,7 +115,9 @@ class Experiment:
     def __init__(self, name: str, args: argparse.Namespace, seed: int):
         self.name, self.args, self.seed, self.settings = name, args, seed, EXPERIMENTS[name]
         self.tokenizer = AutoTokenizer.from_pretrained(args.model)
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token  # CPOTrainer sets it after it made its collator
+        self.tokenizer.pad_token = (
+            self.tokenizer.pad_token or self.tokenizer.eos_token
+        )  # CPOTrainer sets it after it made its collator
         drawn = "preferences" if name == "simpo" else name
         sizes = {kind: count * (args.scale if kind != "test" else 1) for kind, count in self.settings["rows"].items()}
         self.rows: Rows = draw(drawn, Path(args.data), self._fits, seed, sizes)
@@ -117,7 +127,11 @@ class Experiment:
         self.tokens = np.array([self._answer_tokens(row) for row in self.rows.train])
 
     def _fits(self, row: Row) -> bool:
-        return all(len(self._tokens(row, side)[0]) <= self.settings["longest"] for side in ("completion", "chosen", "rejected") if side in row)
+        return all(
+            len(self._tokens(row, side)[0]) <= self.settings["longest"]
+            for side in ("completion", "chosen", "rejected")
+            if side in row
+        )
 
     def _tokens(self, row: Row, side: str) -> tuple[list[int], int]:
         text = self.tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False)
@@ -135,17 +149,30 @@ class Experiment:
         model = AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.bfloat16)
         steps = -(-len(self.rows.train) // self.args.batch)
         settings = {
-            "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": self.args.batch, "max_steps": steps,
-            "learning_rate": self.settings["learning_rate"], "seed": self.seed, "use_cpu": not gpu, "bf16": gpu,
-            "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+            "output_dir": tempfile.mkdtemp(),
+            "per_device_train_batch_size": self.args.batch,
+            "max_steps": steps,
+            "learning_rate": self.settings["learning_rate"],
+            "seed": self.seed,
+            "use_cpu": not gpu,
+            "bf16": gpu,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
         }
         make, config = {
-            "preferences": (DPOTrainer, DPOConfig), "simpo": (CPOTrainer, CPOConfig),
+            "preferences": (DPOTrainer, DPOConfig),
+            "simpo": (CPOTrainer, CPOConfig),
         }.get(self.name, (SFTTrainer, SFTConfig))
         if self.name == "simpo":
             settings |= {"loss_type": "simpo", "cpo_alpha": 0.0, "max_length": 512}
         return make(
-            model, args=config(**settings), train_dataset=_dataset(rows or self.rows.train), processing_class=self.tokenizer,
+            model,
+            args=config(**settings),
+            train_dataset=_dataset(rows or self.rows.train),
+            processing_class=self.tokenizer,
             peft_config=LoraConfig(**LORA),
         )
 
@@ -153,7 +180,7 @@ class Experiment:
         return {"holdout_adapter": HOLDOUT_ADAPTER, "seed": self.seed, **keys}
 
     def score(self, holdout: list[Row], retrievals: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-        """Score the train rows by every scorer, each alone, with the policy before its first step; ICA also with other `retrievals`."""
+        """Score the train rows by every scorer, each alone, before the first step; ICA also with other `retrievals`."""
         lines = []
         callback = attach(self.trainer(), self.block({}), holdout=_dataset(holdout))
         assert self.pairs or np.array_equal(self.tokens, callback.tokens)
@@ -180,7 +207,11 @@ class Experiment:
         good = self.kinds == self.rows.good
         kinds = [kind for kind in dict.fromkeys(self.kinds.tolist()) if kind != self.rows.good]
         return {
-            "seed": self.seed, "scorer": label, "seconds": seconds, "values": scores.tolist(), "kinds": self.kinds.tolist(),
+            "seed": self.seed,
+            "scorer": label,
+            "seconds": seconds,
+            "values": scores.tolist(),
+            "kinds": self.kinds.tolist(),
             "auroc": {kind: auroc(np.concatenate([scores[good], scores[self.kinds == kind]]), int(good.sum())) for kind in kinds},
         }
 
@@ -195,7 +226,9 @@ class Experiment:
             weights = self._mean_one(self.kinds == self.rows.good)
         elif keys is not None and "refresh_interval" not in keys:
             config = parse_config(self.block({"holdout": "rows", **keys}))
-            weights = weights_from_scores(total_score(config, self.scores), config, tokens=self.tokens, by_token=not self.pairs).values
+            weights = weights_from_scores(
+                total_score(config, self.scores), config, tokens=self.tokens, by_token=not self.pairs
+            ).values
         alone = {"holdout alone": self.rows.holdout}.get(method)
         if method.endswith("alone") and alone is None:
             kept = self.kinds == self.rows.good if weights is None else weights > 0
@@ -209,8 +242,12 @@ class Experiment:
         trainer.train()
         seconds = time.monotonic() - begin
         return {
-            "seed": self.seed, "method": method, "seconds": seconds, "scoring seconds": callback.scoring_seconds if callback else 0.0,
-            "steps": trainer.state.global_step, **self.measure(trainer.model),
+            "seed": self.seed,
+            "method": method,
+            "seconds": seconds,
+            "scoring seconds": callback.scoring_seconds if callback else 0.0,
+            "steps": trainer.state.global_step,
+            **self.measure(trainer.model),
         }
 
     @torch.no_grad()

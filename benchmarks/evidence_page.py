@@ -85,7 +85,11 @@ def methods(results: dict[str, Any]) -> str:
             gain = gains(results, name, metric)
             apart = f"{gain.mean() / gain.std(ddof=1):+.1f}" if len(gain) > 1 and gain.std(ddof=1) > 0 else ""
             cells += ["", ""] if name == "no weighting" else [_spread(gain, digits[metric], "+"), apart]
-        seconds = [""] * 2 if name == "before" else [f"{np.mean([run[key] for run in runs.values()]):.0f}" for key in ("seconds", "scoring seconds")]
+        seconds = (
+            [""] * 2
+            if name == "before"
+            else [f"{np.mean([run[key] for run in runs.values()]):.0f}" for key in ("seconds", "scoring seconds")]
+        )
         lines.append(f"| {name} | {' | '.join(cells)} | {seconds[0]} | {seconds[1]} |")
     head = " | ".join(f"{metric} | gain over no weighting | in standard deviations" for metric in metrics)
     columns = 3 * len(metrics) + 3
@@ -98,7 +102,11 @@ def scorers(results: dict[str, Any]) -> str:
         return ""
     kinds = list(results["scores"][0]["auroc"])
     stability = {line["scorer"]: line["stability"] for line in results.get("stability", [])}
-    head = [*(f"AUROC against {kind}" for kind in kinds), "seconds, alone", *(["same rows, another holdout: rank correlation"] if stability else [])]
+    head = [
+        *(f"AUROC against {kind}" for kind in kinds),
+        "seconds, alone",
+        *(["same rows, another holdout: rank correlation"] if stability else []),
+    ]
     lines = []
     for name in dict.fromkeys(line["scorer"] for line in results["scores"]):
         mine = [line for line in results["scores"] if line["scorer"] == name]

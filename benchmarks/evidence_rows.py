@@ -38,7 +38,9 @@ def draw(experiment: str, data: Path, fits: Callable[[Row], bool], seed: int, si
         seed: of the draw; test rows are the same for all seeds.
         sizes: rows of each kind, and `holdout` and `test`.
     """
-    return {"noise": _noise, "off-target": _off_target, "preferences": _preferences}[experiment](data, fits, random.Random(seed), sizes)
+    return {"noise": _noise, "off-target": _off_target, "preferences": _preferences}[experiment](
+        data, fits, random.Random(seed), sizes
+    )
 
 
 def _noise(data: Path, fits: Callable[[Row], bool], rng: random.Random, sizes: dict[str, int]) -> Rows:
@@ -106,7 +108,10 @@ def solutions(path: Path) -> list[Row]:
     """
     pairs = []
     for row in map(json.loads, path.read_text().splitlines()):
-        of = {right: [_without_marks(row[m]["solution"]) for m in MODELS if row[m]["is_correct"] == right] for right in (True, False)}
+        of = {
+            right: [_without_marks(row[m]["solution"]) for m in MODELS if row[m]["is_correct"] == right]
+            for right in (True, False)
+        }
         if of[True] and of[False]:
             chosen, rejected = min(of[True], key=len), max(of[False], key=len)
             if len(chosen) <= 0.9 * len(rejected):

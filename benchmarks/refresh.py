@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scoring import DOCS, K, Trees, alpaca, compare, flatten, gsm8k, machine_name, tokenise
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ica_plugin.config import ICAConfig
 from ica_plugin.holdout import check_holdout
 from ica_plugin.retrieval import retrieve
 from ica_plugin.scoring.engine import Engine
+from scoring import DOCS, K, Trees, alpaca, compare, flatten, gsm8k, machine_name, tokenise
 
 
 class Windows(Trees):
@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--gsm8k"), parser.add_argument("--alpaca")
     parser.add_argument("--rows", type=int, default=800), parser.add_argument("--holdout", type=int, default=100)
     parser.add_argument("--windows", type=int, default=10, help="refreshes per epoch")
-    parser.add_argument("--groups", type=int, nargs="*", default=[0, 8], help="retrieval_groups; 0: each row its own demonstrations")
+    parser.add_argument(
+        "--groups", type=int, nargs="*", default=[0, 8], help="retrieval_groups; 0: each row its own demonstrations"
+    )
     parser.add_argument("--retrieval", default="policy")
     parser.add_argument("--max-length", type=int, default=1024), parser.add_argument("--share", type=float, default=1.0)
     args = parser.parse_args()
@@ -81,14 +83,20 @@ def main() -> None:
             f"{whole[0]:,.0f} | {whole[1]:,.0f} | {whole[1] / whole[0]:.2f} |"
         )
         print(lines[-1], flush=True)
-    text = "\n".join([
-        f"# Refreshing {args.windows} times an epoch on {machine_name()}", "",
-        f"{Path(args.model).name}, {len(train)} rows of {name}, {len(held)} in the holdout, demonstrations by {args.retrieval}, k = {K}, "
-        f"{torch.get_num_threads()} CPU thread(s), {args.share:.0%} of the forwards of each side run. Retrieval ({retrieval_seconds:,.0f} s) "
-        "is in both times.", "",
-        f"| demonstration sets | tokens, once | tokens, {args.windows} windows | ratio | seconds, once | seconds, windows | ratio |",
-        "|---|---|---|---|---|---|---|", *lines, "",
-    ])
+    text = "\n".join(
+        [
+            f"# Refreshing {args.windows} times an epoch on {machine_name()}",
+            "",
+            f"{Path(args.model).name}, {len(train)} rows of {name}, {len(held)} in the holdout, demonstrations by {args.retrieval}, k = {K}, "
+            f"{torch.get_num_threads()} CPU thread(s), {args.share:.0%} of the forwards of each side run. Retrieval ({retrieval_seconds:,.0f} s) "
+            "is in both times.",
+            "",
+            f"| demonstration sets | tokens, once | tokens, {args.windows} windows | ratio | seconds, once | seconds, windows | ratio |",
+            "|---|---|---|---|---|---|---|",
+            *lines,
+            "",
+        ]
+    )
     DOCS.mkdir(parents=True, exist_ok=True)
     (DOCS / ("refresh-" + re.sub(r"[^a-z0-9]+", "-", machine_name().lower()).strip("-") + ".md")).write_text(text)
     print(text)

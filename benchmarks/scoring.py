@@ -194,7 +194,8 @@ def compare(sides: dict[str, Side], share: float, group: dict[str, int], seed: i
         group: batches of a side that belong together (the passes over the same rows).
 
     Returns:
-        per side {seconds, cpu_seconds, tokens, all_tokens, batches} and the whole's all_seconds, all_cpu_seconds, and per side the log-probs of the sequences that were run.
+        per side {seconds, cpu_seconds, tokens, all_tokens, batches} and the whole's all_seconds, all_cpu_seconds, and per side the
+        log-probs of the sequences that were run.
     """
     rng = random.Random(seed)
     todo, stats, values = [], {}, {}
@@ -268,12 +269,17 @@ def task(name: str, engine: Engine, tokenizer, examples: list[Example], n: int, 
         found = scores_of(values[side], rows, variants)
         results.append(
             {
-                "data": name, "side": side, "rows": len(train), "holdout": len(held), **entry,
+                "data": name,
+                "side": side,
+                "rows": len(train),
+                "holdout": len(held),
+                **entry,
                 "rows_per_second": len(train) / entry["all_seconds"],
                 "tokens_per_second": entry["tokens"] / entry["seconds"],
                 "speedup": stats["reference"]["all_seconds"] / entry["all_seconds"],
                 "cpu_speedup": stats["reference"]["all_cpu_seconds"] / max(entry["all_cpu_seconds"], 1e-9),
-                "over_epoch": entry["all_seconds"] / epoch["all_seconds"], "epoch_seconds": epoch["all_seconds"],
+                "over_epoch": entry["all_seconds"] / epoch["all_seconds"],
+                "epoch_seconds": epoch["all_seconds"],
                 "retrieval_seconds": retrieval_seconds,
                 "compared_rows": len(rows),
                 "largest_difference": float(np.abs(found - expected).max()),
@@ -352,10 +358,12 @@ def matmul_limit(device: torch.device) -> float:
 def report(results: list[dict], memory: dict | None, machine: dict) -> str:
     per_token = 2 * machine["weights"]
     lines = [
-        f"# Scoring on {machine['name']}", "",
+        f"# Scoring on {machine['name']}",
+        "",
         f"{machine['model']}, {machine['dtype']}, {machine['threads']} CPU thread(s), torch {torch.__version__}; demonstrations by "
         f"{machine['retrieval']}, k = {K}. {machine['share']:.0%} of the batches of each side were run, in turns; seconds are scaled to "
-        f"all of them. The reference runs {BATCH} rows ({machine['pair_batch']} pairs) per batch. Retrieval is not in these times but below.", "",
+        f"all of them. The reference runs {BATCH} rows ({machine['pair_batch']} pairs) per batch. Retrieval is not in these times but below.",
+        "",
         "| data | rows / holdout | | tokens | seconds | rows/s | tokens/s | share of matmul limit | speed-up | by CPU time | "
         "over a training epoch | largest difference, nats | Spearman | compared rows |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -367,14 +375,23 @@ def report(results: list[dict], memory: dict | None, machine: dict) -> str:
             f"{r['rows_per_second']:.2f} | {r['tokens_per_second']:,.0f} | {share:.0%} | {r['speedup']:.2f}× | "
             f"{r['cpu_speedup']:.2f}× | {r['over_epoch']:.2f} | {r['largest_difference']:.1e} | {r['spearman']:.4f} | {r['compared_rows']} |"
         )
-    lines += ["", "The difference and rank correlation are to the reference's scores; with groups the demonstrations are others, so that the "
-              "difference is not an error.", ""]
+    lines += [
+        "",
+        "The difference and rank correlation are to the reference's scores; with groups the demonstrations are others, so that the "
+        "difference is not an error.",
+        "",
+    ]
     for r in results:
         if r["side"] == "engine":
-            lines.append(f"- {r['data']}: retrieval {r['retrieval_seconds']:,.0f} s (not scaled), a LoRA training epoch {r['epoch_seconds']:,.0f} s.")
+            lines.append(
+                f"- {r['data']}: retrieval {r['retrieval_seconds']:,.0f} s (not scaled), a LoRA training epoch {r['epoch_seconds']:,.0f} s."
+            )
     if memory:
-        lines += ["", f"Peak memory above the loaded model: scoring {memory['scoring_peak'] / 2**20:,.0f} MiB (at most "
-                  f"{memory['batch_tokens']:,} tokens per forward), LoRA training step {memory['training_peak'] / 2**20:,.0f} MiB."]
+        lines += [
+            "",
+            f"Peak memory above the loaded model: scoring {memory['scoring_peak'] / 2**20:,.0f} MiB (at most "
+            f"{memory['batch_tokens']:,} tokens per forward), LoRA training step {memory['training_peak'] / 2**20:,.0f} MiB.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -392,7 +409,9 @@ def plot(results: list[dict], machine: dict, path: Path) -> None:
     axis.axvline(1, color="gray", linewidth=1)
     axis.invert_yaxis()
     axis.margins(x=0.12)
-    axis.set_xlabel(f"times faster than the padded loop{'' if torch.cuda.is_available() else ', by CPU time'}\n{machine['model']} on {machine['name']}")
+    axis.set_xlabel(
+        f"times faster than the padded loop{'' if torch.cuda.is_available() else ', by CPU time'}\n{machine['model']} on {machine['name']}"
+    )
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
@@ -413,8 +432,13 @@ def load(args):
         from transformers import BitsAndBytesConfig
 
         shape = LlamaConfig(
-            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-            vocab_size=128256, max_position_embeddings=8192,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128256,
+            max_position_embeddings=8192,
         )
         folder = Path(args.scratch) / "random-8b"
         if not folder.exists():
@@ -445,7 +469,9 @@ def main() -> None:
     parser.add_argument("--groups", action="store_true", help="measure retrieval_groups on Alpaca too")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens after which a row is cut")
     parser.add_argument("--micro-batch", type=int, default=4, help="rows per training step")
-    parser.add_argument("--pair-batch", type=int, default=BATCH, help="pairs per reference batch, where full logits of 16 do not fit")
+    parser.add_argument(
+        "--pair-batch", type=int, default=BATCH, help="pairs per reference batch, where full logits of 16 do not fit"
+    )
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", help="of the files in docs/benchmarks; default: the machine")
@@ -453,12 +479,22 @@ def main() -> None:
 
     model, tokenizer, device, dtype, weights = load(args)
     machine = {
-        "name": machine_name(), "model": "random 8B, 4-bit" if args.random else Path(args.model).name, "dtype": str(dtype)[6:],
-        "threads": torch.get_num_threads(), "limit": matmul_limit(device), "weights": weights, "share": args.share,
-        "retrieval": args.retrieval, "pair_batch": args.pair_batch,
+        "name": machine_name(),
+        "model": "random 8B, 4-bit" if args.random else Path(args.model).name,
+        "dtype": str(dtype)[6:],
+        "threads": torch.get_num_threads(),
+        "limit": matmul_limit(device),
+        "weights": weights,
+        "share": args.share,
+        "retrieval": args.retrieval,
+        "pair_batch": args.pair_batch,
     }
     engine = Engine(model, device=device)
-    sources = [("gsm8k", gsm8k, args.gsm8k, 1000, 200), ("alpaca", alpaca, args.alpaca, 800, 100), ("pairs", pairs, args.pairs, 250, 50)]
+    sources = [
+        ("gsm8k", gsm8k, args.gsm8k, 1000, 200),
+        ("alpaca", alpaca, args.alpaca, 800, 100),
+        ("pairs", pairs, args.pairs, 250, 50),
+    ]
     results, memory = [], None
     DOCS.mkdir(parents=True, exist_ok=True)
     file = DOCS / re.sub(r"[^a-z0-9]+", "-", (args.name or f"{machine['name']} {machine['model']}").lower()).strip("-")

@@ -56,9 +56,7 @@ def make_adapter(model: str, config: dict[str, Any], folder: Path) -> None:
     """Save an untrained adapter (it changes nothing yet), so that both runs start from the same numbers."""
     torch.manual_seed(config["seed"])
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    lora = LoraConfig(
-        r=config["lora_r"], lora_alpha=config["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    lora = LoraConfig(r=config["lora_r"], lora_alpha=config["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(base, lora).save_pretrained(folder)
 
 
@@ -72,9 +70,7 @@ def axolotl_train(config: Path) -> None:
     }
     log = config.with_suffix(".log")
     with log.open("w") as file:
-        finished = subprocess.run(
-            ["axolotl", "train", str(config)], env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
+        finished = subprocess.run(["axolotl", "train", str(config)], env=environment, stdout=file, stderr=subprocess.STDOUT)
     if finished.returncode:
         console.print("".join(log.read_text().splitlines(keepends=True)[-40:]), markup=False, highlight=False)
         raise SystemExit(f"axolotl train {config} failed; its whole output is in {log}")

@@ -90,8 +90,7 @@ PROBLEMS: list[tuple[str, list[Step]]] = [
         [("trees", "a", "*", "b"), ("bushes", "d", "*", "c"), ("plants", "s1", "+", "s2")],
     ),
     (
-        "{name} collects {a} {things} and {other} collects {d} times as many. "
-        "How many {things} do they have together?",
+        "{name} collects {a} {things} and {other} collects {d} times as many. How many {things} do they have together?",
         [("{things} of {other}", "a", "*", "d"), ("{things} together", "a", "+", "s1")],
     ),
     (
@@ -99,8 +98,7 @@ PROBLEMS: list[tuple[str, list[Step]]] = [
         [("seats", "a", "*", "b"), ("people", "c", "+", "d"), ("empty seats", "s1", "-", "s2")],
     ),
     (
-        "{name} runs {a} km a day for {d} weeks and {b} km more on the last day. "
-        "How many km does {name} run in all?",
+        "{name} runs {a} km a day for {d} weeks and {b} km more on the last day. How many km does {name} run in all?",
         [("days", "d", "*", "7"), ("km on the ordinary runs", "s1", "*", "a"), ("km in all", "s2", "+", "b")],
     ),
     (
@@ -254,9 +252,7 @@ TIMES = {"every morning": "tous les matins", "this evening": "ce soir", "on Sund
 
 def translation(rng: random.Random) -> tuple[str, str]:
     sentences = [[rng.choice(list(table.items())) for table in (SUBJECTS, ACTIONS, PLACES, TIMES)] for _ in range(2)]
-    english, french = (
-        " ".join(" ".join(pair[side] for pair in sentence) + "." for sentence in sentences) for side in (0, 1)
-    )
+    english, french = (" ".join(" ".join(pair[side] for pair in sentence) + "." for sentence in sentences) for side in (0, 1))
     return f"Translate into French: {english}", french
 
 
@@ -298,9 +294,7 @@ def make_splits(
     swapped = list(islice(problems, corrupted))
     solutions = [solution for _, solution in swapped[1:] + swapped[:1]]
     train += [Row("other row's solution", prompt, other) for (prompt, _), other in zip(swapped, solutions)]
-    train += [
-        Row("altered numbers", prompt, alter_numbers(rng, solution)) for prompt, solution in islice(problems, corrupted)
-    ]
+    train += [Row("altered numbers", prompt, alter_numbers(rng, solution)) for prompt, solution in islice(problems, corrupted)]
     for kind, draw in OFF_TARGET.items():
         train += [Row(kind, *pair) for pair in islice(_distinct(draw, rng), off_target)]
     rng.shuffle(train)

@@ -72,14 +72,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], lis
         for messages, generate in ((row.messages[:1], True), (row.messages, False))
     )
     end = len(whole) - whole[::-1].index(tokenizer.eos_token_id)  # the template may go on after the turn's end
-    return whole, [
-        token if len(prompt) <= position < end else IGNORED for position, token in enumerate(whole)
-    ]
+    return whole, [token if len(prompt) <= position < end else IGNORED for position, token in enumerate(whole)]
 
 
-def match_kinds(
-    prepared: Dataset, scores: pa.Table, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
+def match_kinds(prepared: Dataset, scores: pa.Table, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Find the kind of each row of the host's train dataset by its tokens.
 
     Args:
@@ -197,9 +193,7 @@ def draw_weights(kinds: Sequence[KindWeights], path: Path) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("ICA weight of a row")
     axes.set_title("What ICA weights each training row, by kind (one point a row; box: quartiles)")
-    axes.legend(
-        handles=[Patch(color=colour, label=group) for group, colour in COLOURS.items()], loc="lower right", frameon=False
-    )
+    axes.legend(handles=[Patch(color=colour, label=group) for group, colour in COLOURS.items()], loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -48,7 +48,13 @@ class Budgeted:
     """
 
     def __init__(
-        self, config: ICAConfig, train: list[Example], holdout: Holdout, allowance: Allowance, rows_per_step: float, micro_batch: int
+        self,
+        config: ICAConfig,
+        train: list[Example],
+        holdout: Holdout,
+        allowance: Allowance,
+        rows_per_step: float,
+        micro_batch: int,
     ):
         self.allowance = allowance
         self.holdout = holdout
@@ -124,7 +130,9 @@ class Budgeted:
             # A quarter of the time at most goes into choosing demonstrations.
             kept = affordable(prompts, seconds_per_token, allowance.whole / 4, self._config.k)
             if len(kept) < len(shown):
-                get_logger().info("ica.budget leaves time to look for demonstrations among %d of %d holdout rows.", len(kept), len(shown))
+                get_logger().info(
+                    "ica.budget leaves time to look for demonstrations among %d of %d holdout rows.", len(kept), len(shown)
+                )
                 self.holdout = replace(self.holdout, shown=[shown[i] for i in kept])
             self.embed([prompts[i] for i in kept], engine.embeddings)
         tokens = np.array([row.supervised_tokens if row.can_be_scored else 0 for row in self._train])
@@ -134,7 +142,10 @@ class Budgeted:
         if allowance.setup > allowance.whole:
             get_logger().warning(
                 "ica.budget: %g of this short run's training time, about %.1f s, is less than the %.1f s that it takes to start; no row "
-                "will be scored.", self._config.budget, allowance.whole, allowance.setup,
+                "will be scored.",
+                self._config.budget,
+                allowance.whole,
+                allowance.setup,
             )
 
 
@@ -294,7 +305,10 @@ class Neighbours:
         known = np.array(sorted(self._scores), dtype=np.int64)
         neutral = np.isin(known, list(self._neutral))
         own = weights_from_scores(
-            np.array([self._scores[row] for row in known]), self._config, tokens=self._tokens[known], by_token=self._by_token,
+            np.array([self._scores[row] for row in known]),
+            self._config,
+            tokens=self._tokens[known],
+            by_token=self._by_token,
             neutral=neutral,
         )
         teaching = ~own.bad & ~neutral & (self._tokens[known] > 0)

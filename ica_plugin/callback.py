@@ -206,7 +206,11 @@ class ICACallback(TrainerCallback):
                     "weight": weights.values,
                     "tokens": self.tokens[index],
                     "demos": [self._demonstrations[row] if now else [] for row, now in zip(index, scored, strict=True)],
-                    **{name: columns[name] for name in columns if name not in CONTRACT_COLUMNS and columns[name] is not columns["score"]},
+                    **{
+                        name: columns[name]
+                        for name in columns
+                        if name not in CONTRACT_COLUMNS and columns[name] is not columns["score"]
+                    },
                 }
             )
         self.refreshes += 1
@@ -254,14 +258,19 @@ class ICACallback(TrainerCallback):
     def _score(self, rows: list[int]) -> dict[str, np.ndarray]:
         sequences = 2 * sum(len(self.train[row].sequences) for row in rows if self.train[row].can_be_scored)
         with tqdm(
-            total=sequences if self.config.score == "ica" else None, desc="ICA scoring", unit="seq", leave=False,
+            total=sequences if self.config.score == "ica" else None,
+            desc="ICA scoring",
+            unit="seq",
+            leave=False,
             disable=not self.trainer.is_local_process_zero(),
         ) as bar:
             demonstrations = [self._demonstrations[row] for row in rows]
             scores = scores_for_sets(self.scoring_context(rows, demonstrations, bar.update))
             return {"row": np.array(rows, dtype=np.int64), **scores}
 
-    def scoring_context(self, rows: list[int], demonstrations: list[list[int]], progress: Any = lambda done: None) -> ScoringContext:
+    def scoring_context(
+        self, rows: list[int], demonstrations: list[list[int]], progress: Any = lambda done: None
+    ) -> ScoringContext:
         """What scorers see of the policy as it is now, for `rows` of the train set and the demonstrations of each."""
         return ScoringContext(
             engine=self._get_engine(),
@@ -440,9 +449,17 @@ class ICACallback(TrainerCallback):
         get_logger().info(
             "refresh %d at step %d: %d rows scored in %.1f s; score %.2f ± %.2f%s; weights %.3g to %.3g, effective "
             "sample size %.0f %%, %.1f %% of rows at max_weight.",
-            self.refreshes, self.trainer.state.global_step, scored, seconds, mean, spread,
+            self.refreshes,
+            self.trainer.state.global_step,
+            scored,
+            seconds,
+            mean,
+            spread,
             " nats" if self.config.score == "ica" else "",
-            weights.values.min(), weights.values.max(), 100 * weights.effective_sample_size, 100 * share_clipped,
+            weights.values.min(),
+            weights.values.max(),
+            100 * weights.effective_sample_size,
+            100 * share_clipped,
         )
         if self._budgeted is not None:
             self._report_budget(scored, len(columns["row"]))
@@ -464,16 +481,24 @@ class ICACallback(TrainerCallback):
         correlation = self._neighbour_correlation
         get_logger().info(
             "ica.budget: %d of %d rows scored; the others have their neighbours' weight (rank correlation on the rows scored so far: %s).",
-            scored, rows, "too few to tell" if correlation is None else f"{correlation:.2f}",
+            scored,
+            rows,
+            "too few to tell" if correlation is None else f"{correlation:.2f}",
         )
-        self._log({"ica/scored_share": scored / rows} | ({} if correlation is None else {"ica/neighbour_correlation": correlation}))
+        self._log(
+            {"ica/scored_share": scored / rows} | ({} if correlation is None else {"ica/neighbour_correlation": correlation})
+        )
 
     def _report_given(self) -> None:
         values = self.weights.double().numpy()
         weights = Weights(values, np.zeros(len(values), bool), np.zeros(len(values), bool))
         get_logger().info(
             "training with given weights: %d rows, mean %.3g, %.3g to %.3g, effective sample size %.0f %%; nothing is scored.",
-            len(values), values.mean(), values.min(), values.max(), 100 * weights.effective_sample_size,
+            len(values),
+            values.mean(),
+            values.min(),
+            values.max(),
+            100 * weights.effective_sample_size,
         )
         self._log({"ica/effective_sample_size": weights.effective_sample_size})
 

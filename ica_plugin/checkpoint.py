@@ -52,7 +52,9 @@ def save_state(folder: str | os.PathLike, state: State) -> None:
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         get_logger().warning(
-            "%s could not be written (%s). Training goes on; a run resumed from this checkpoint scores its rows again.", path, error
+            "%s could not be written (%s). Training goes on; a run resumed from this checkpoint scores its rows again.",
+            path,
+            error,
         )
 
 

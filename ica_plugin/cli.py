@@ -36,7 +36,7 @@ def validate(config: Config) -> None:
 def score(
     config: Config,
     out: Annotated[Path, typer.Option(help="The scores, as a parquet file.")] = Path("scores.parquet"),
-    score: Annotated[str | None, typer.Option(help="Scorers instead of the config's, as in \"ica + likelihood\".")] = None,
+    score: Annotated[str | None, typer.Option(help='Scorers instead of the config\'s, as in "ica + likelihood".')] = None,
 ) -> None:
     """Score every train row with the model as the config loads it, and train nothing.
 
@@ -68,7 +68,9 @@ def select(
 @app.command()
 def report(
     output_dir: Annotated[Path, typer.Argument(help="The `output_dir` of a run with an `ica:` block.")],
-    out: Annotated[Path | None, typer.Option(help="The HTML file; the numbers lie beside it as JSON. Default: in the run's ica folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; the numbers lie beside it as JSON. Default: in the run's ica folder.")
+    ] = None,
 ) -> None:
     """What a finished run did with its weights: over time, effective sample size, overhead, who gained and lost."""
     from .tools.report import write_report
@@ -84,7 +86,9 @@ def audit(
     out: Annotated[Path, typer.Option(help="The HTML file; the numbers lie beside it as JSON.")] = Path("audit.html"),
     rows: Annotated[int, typer.Option(min=20, help="Train rows to score, drawn by the block's seed.")] = 200,
     planted: Annotated[int, typer.Option(min=5, help="Of these, rows that are also scored corrupted.")] = 50,
-    score: Annotated[list[str] | None, typer.Option(help="A scorer or a sum; may be given several times. Default: all that need no training.")] = None,
+    score: Annotated[
+        list[str] | None, typer.Option(help="A scorer or a sum; may be given several times. Default: all that need no training.")
+    ] = None,
 ) -> None:
     """What the scorers say of this data and model, before any training: distributions, agreement, sensitivity, planted noise."""
     from .tools.audit import write_audit

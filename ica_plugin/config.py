@@ -30,7 +30,9 @@ class Influence(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     adam: bool = Field(False, description="Precondition the row's gradient with the optimizer's moments (LESS).")
-    truncate: tuple[float, float] | None = Field(None, description="Two quantiles outside of which influence does not count (TIF).")
+    truncate: tuple[float, float] | None = Field(
+        None, description="Two quantiles outside of which influence does not count (TIF)."
+    )
 
     @field_validator("truncate")
     @classmethod
@@ -44,7 +46,8 @@ class ICAConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
     holdout: str | dict[str, Any] | list[dict[str, Any]] | None = Field(
-        None, description="The good examples: a path, a hub id, a dataset entry as under the host's `datasets`, or a list of named sets."
+        None,
+        description="The good examples: a path, a hub id, a dataset entry as under the host's `datasets`, or a list of named sets.",
     )
     balance: Literal["mean", "max", "round_robin"] = Field(
         "mean", description="How the scores against several holdout sets become one: mean | max | round_robin."
@@ -57,32 +60,40 @@ class ICAConfig(BaseModel):
         "window", description="What a refresh scores: the rows of the coming interval, or all rows."
     )
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Of `weighting: softmax`; lower is sharper.")
-    weighting: Literal["softmax", "minmax", "rank", "top", "band"] = Field(
-        "softmax", description="How scores become weights."
-    )
+    weighting: Literal["softmax", "minmax", "rank", "top", "band"] = Field("softmax", description="How scores become weights.")
     winsorize: float = Field(
-        0.01, ge=0, lt=0.5, description="Of `weighting: minmax`: scores are first clipped to these quantiles; 0 is the paper's own."
+        0.01,
+        ge=0,
+        lt=0.5,
+        description="Of `weighting: minmax`: scores are first clipped to these quantiles; 0 is the paper's own.",
     )
     keep: float = Field(0.5, gt=0, le=1, description="Of `weighting: top`: the best fraction, weighted alike; the rest is 0.")
     band: tuple[float, float] = Field(
         (0.25, 0.75), description="Of `weighting: band`: rows between these two quantiles are weighted alike; the rest is 0."
     )
-    score: str = Field("ica", description="A scorer, or a sum as in `ica + likelihood` or `0.5*ica + likelihood`; see docs/scorers.md.")
+    score: str = Field(
+        "ica", description="A scorer, or a sum as in `ica + likelihood` or `0.5*ica + likelihood`; see docs/scorers.md."
+    )
     combine: Literal["rank", "zscore"] = Field("rank", description="How the scorers of a sum are put on one scale.")
-    holdout_adapter: HoldoutAdapter = Field(HoldoutAdapter(), description="Of `rho` and `lossdiff`: path, or r, steps, learning_rate.")
+    holdout_adapter: HoldoutAdapter = Field(
+        HoldoutAdapter(), description="Of `rho` and `lossdiff`: path, or r, steps, learning_rate."
+    )
     influence: Influence = Field(Influence(), description="Of `influence`: adam, truncate.")
     length_normalize: bool | None = Field(
         None, description="Preference pairs: mean log-prob per token instead of the sum. Default: true for SimPO and ORPO."
     )
-    retrieval: str = Field(
-        "policy", min_length=1, description="policy | bm25 | random | a sentence-transformers id or folder."
-    )
+    retrieval: str = Field("policy", min_length=1, description="policy | bm25 | random | a sentence-transformers id or folder.")
     retrieval_groups: int | None = Field(
-        None, ge=1, description="Rows share this many demonstration sets, so that the context costs little. Default: each row has its own."
+        None,
+        ge=1,
+        description="Rows share this many demonstration sets, so that the context costs little. Default: each row has its own.",
     )
     budget: float | None = Field(
-        None, gt=0, lt=1, description="Scoring takes at most this share of the training time; rows that it does not reach get the "
-        "weight that their nearest scored neighbours suggest. Default: every row is scored."
+        None,
+        gt=0,
+        lt=1,
+        description="Scoring takes at most this share of the training time; rows that it does not reach get the "
+        "weight that their nearest scored neighbours suggest. Default: every row is scored.",
     )
     weights: str | None = Field(
         None, description="A parquet, csv or jsonl of row → weight, or a column of the dataset: train with these, never score."
@@ -91,7 +102,9 @@ class ICAConfig(BaseModel):
     on_resume_mismatch: Literal["error", "rescore"] = Field(
         "error", description="A checkpoint whose data, holdout, model or block differs: stop, or score all rows again."
     )
-    seed: int = Field(42, ge=0, description="Of random retrieval, the `random` scorer, the holdout adapter and `datainf`'s sample.")
+    seed: int = Field(
+        42, ge=0, description="Of random retrieval, the `random` scorer, the holdout adapter and `datainf`'s sample."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -139,7 +152,9 @@ class ICAConfig(BaseModel):
         if isinstance(value, list):
             names = [entry.get("name") for entry in value]
             if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
-                raise ValueError("a list of holdout sets needs a `name` of its own for each, as in `- name: maths` with `path: maths.jsonl`")
+                raise ValueError(
+                    "a list of holdout sets needs a `name` of its own for each, as in `- name: maths` with `path: maths.jsonl`"
+                )
             if any(len(entry) < 2 for entry in value):
                 raise ValueError("every holdout set needs a `path` beside its `name`")
         if value in ("", {}):
@@ -161,7 +176,10 @@ class ICAConfig(BaseModel):
             return {"": self}
         alone = [(entry["name"], {key: value for key, value in entry.items() if key != "name"}) for entry in self.holdout]
         # A path alone is read like the run's first dataset.
-        return {name: self.model_copy(update={"holdout": entry["path"] if list(entry) == ["path"] else entry}) for name, entry in alone}
+        return {
+            name: self.model_copy(update={"holdout": entry["path"] if list(entry) == ["path"] else entry})
+            for name, entry in alone
+        }
 
     @property
     def shows_demonstrations(self) -> bool:

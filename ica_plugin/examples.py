@@ -106,14 +106,10 @@ def examples_from_batch(batch: Mapping[str, Any], rows: int) -> list[Example]:
         )
     if "chosen_labels" in batch:
         chosen = _masked(batch["chosen_input_ids"], batch["chosen_labels"] != -100, batch.get("chosen_attention_mask"))
-        rejected = _masked(
-            batch["rejected_input_ids"], batch["rejected_labels"] != -100, batch.get("rejected_attention_mask")
-        )
+        rejected = _masked(batch["rejected_input_ids"], batch["rejected_labels"] != -100, batch.get("rejected_attention_mask"))
         return [Example(pair, "pair") for pair in zip(chosen, rejected, strict=True)]
     if "chosen_input_ids" in batch and "prompt_input_ids" in batch:
-        chosen, rejected = (
-            _joined(batch, "prompt", side) for side in ("chosen", "rejected")
-        )
+        chosen, rejected = (_joined(batch, "prompt", side) for side in ("chosen", "rejected"))
         return [Example(pair, "pair") for pair in zip(chosen, rejected, strict=True)]
     if "completion_labels" in batch and "completion_input_ids" in batch:
         responses = _masked(

@@ -51,21 +51,19 @@ def check_holdout(source: str, examples: list[Example], train: list[Example], co
     """
     usable = usable_holdout_rows(source, examples, context)
     if train and examples[0].kind != train[0].kind:
-        raise ICAError(
-            f"ica.holdout: {source}: its rows are {examples[0].kind} rows but the run trains on {train[0].kind} rows."
-        )
+        raise ICAError(f"ica.holdout: {source}: its rows are {examples[0].kind} rows but the run trains on {train[0].kind} rows.")
     by_digest: dict[str, list[int]] = {}
     for index in usable:
         by_digest.setdefault(examples[index].demonstration.digest, []).append(index)
-    hidden = [
-        frozenset(index for digest in digests([row]) for index in by_digest.get(digest, ())) for row in train
-    ]
+    hidden = [frozenset(index for digest in digests([row]) for index in by_digest.get(digest, ())) for row in train]
     holdout = Holdout(examples, usable, hidden, {"": usable})
     if holdout.rows_in_train:
         get_logger().warning(
             "%d of %d train rows are also in the holdout (%s). They are never shown to themselves, but a holdout that is "
             "trained on measures memory too; use rows of their own if you can.",
-            holdout.rows_in_train, len(train), source,
+            holdout.rows_in_train,
+            len(train),
+            source,
         )
     return holdout
 

@@ -62,7 +62,9 @@ class GradientInjection:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         if head is None:
-            raise ICAError(f"{type(base).__name__} has no output embedding, so its rows cannot be weighted: ica_plugin needs a causal language model.")
+            raise ICAError(
+                f"{type(base).__name__} has no output embedding, so its rows cannot be weighted: ica_plugin needs a causal language model."
+            )
         decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
         self.on_logits = decoder is None or decoder is base or trains_output_embedding(model)
         self._weights: torch.Tensor | None = None

@@ -77,7 +77,9 @@ class RunFiles:
         except OSError as error:
             get_logger().warning(
                 "%s could not be written (%s). Training goes on with the right weights; free the disk or fix the folder's "
-                "permissions and the next refresh writes it again.", self.folder / name, error,
+                "permissions and the next refresh writes it again.",
+                self.folder / name,
+                error,
             )
 
 

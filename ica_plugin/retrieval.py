@@ -86,7 +86,11 @@ def report_fewer(chosen: list[list[int]], k: int, available: int) -> None:
     if not fewer:
         return
     none = sum(not demos for demos in chosen)
-    why = f"the holdout has {available} usable row(s)" if available < k else "more do not fit the model's context, or are the row itself"
+    why = (
+        f"the holdout has {available} usable row(s)"
+        if available < k
+        else "more do not fit the model's context, or are the row itself"
+    )
     tail = f"; {none} of them see none and keep the neutral weight 1" if none else ""
     get_logger().warning("%d of %d rows see fewer than k = %d demonstrations: %s%s.", fewer, len(chosen), k, why, tail)
 

@@ -19,5 +19,9 @@ def warn_if_untested(host: str) -> None:
     if not Version(oldest) <= found < Version(newest):
         get_logger().warning(
             "%s %s is outside the tested range (%s ≤ version < %s). Exactness guards stay on; if a run stops with an error "
-            "from ica_plugin, install a tested version.", host, found, oldest, newest,
+            "from ica_plugin, install a tested version.",
+            host,
+            found,
+            oldest,
+            newest,
         )

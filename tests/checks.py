@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+
 from ica_plugin.callback import ICACallback
-from ica_plugin.examples import without_text_columns, read_examples
+from ica_plugin.examples import read_examples, without_text_columns
 from ica_plugin.row_ids import ROW_IDS
 
 MakeTrainer = Callable[..., object]
@@ -113,7 +114,9 @@ def check_accumulation(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     for micro_batch, accumulation in ((1, 4), (4, 1)):
         trainer = make_trainer(
             ica=lambda n: {"weights": str(write_weights(tmp_path / "weights.parquet", weights[:n]))},
-            micro_batch=micro_batch, accumulation=accumulation, max_steps=1,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            max_steps=1,
         )
         starts.append(parameters(trainer))
         trainer.train()
@@ -225,7 +228,9 @@ def record_training_weights(trainer) -> list[tuple[tuple, float]]:
 
 def _row_tokens(inputs, i: int, rows: int) -> tuple:
     key, mask = next(
-        (k, k.replace("input_ids", "attention_mask")) for k in ("input_ids", "chosen_input_ids", "completion_input_ids") if k in inputs
+        (k, k.replace("input_ids", "attention_mask"))
+        for k in ("input_ids", "chosen_input_ids", "completion_input_ids")
+        if k in inputs
     )
     return tuple(inputs[key][i][inputs[mask][i] != 0].tolist())
 
@@ -249,7 +254,9 @@ def check_weights_stay_with_rows(trainer) -> dict[tuple, tuple[float, float]]:
     return by_content
 
 
-def check_packed_gradients(make_trainer: MakeTrainer, tmp_path: Path, *, bins: int = 1, isolated: bool = True, **packing) -> float:
+def check_packed_gradients(
+    make_trainer: MakeTrainer, tmp_path: Path, *, bins: int = 1, isolated: bool = True, **packing
+) -> float:
     """The gradient of weighted packed rows equals an explicit weighted sum over the examples in them.
 
     Args:

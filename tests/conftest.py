@@ -4,12 +4,18 @@ from pathlib import Path
 
 # Before any host is imported: no network, no trackers, no GPU, and few threads, so that results repeat.
 os.environ.update(
-    AXOLOTL_DO_NOT_TRACK="1", HF_HUB_OFFLINE="1", WANDB_MODE="disabled", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false",
-    HF_DATASETS_DISABLE_PROGRESS_BARS="1", OMP_NUM_THREADS="1",
+    AXOLOTL_DO_NOT_TRACK="1",
+    HF_HUB_OFFLINE="1",
+    WANDB_MODE="disabled",
+    CUDA_VISIBLE_DEVICES="",
+    TOKENIZERS_PARALLELISM="false",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    OMP_NUM_THREADS="1",
 )
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest  # noqa: E402
+
 import tiny  # noqa: E402
 
 

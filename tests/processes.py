@@ -22,7 +22,12 @@ def run(*arguments: object, timeout: float = 300, **variables: str) -> subproces
             it had started.
     """
     program, *rest = map(str, arguments)
-    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
+    }
     process = subprocess.Popen(
         [str(BIN / program), *rest], env=environment | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -41,5 +46,14 @@ def run(*arguments: object, timeout: float = 300, **variables: str) -> subproces
 def torchrun(script: str, processes: int, *arguments: object) -> subprocess.CompletedProcess:
     """Run a script on several processes of this machine, with this folder's modules."""
     paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", processes, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        processes,
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    )
     return run("python", *launcher, script, *arguments, PYTHONPATH=paths)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import tiny
 from datasets import Dataset
-from ica_plugin import attach
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+import tiny
+from ica_plugin import attach
 
 ROWS = 22
 
@@ -37,15 +38,28 @@ class Recorder(Trainer):
 def build(folder: Path, ica: dict | None, train=None, holdout=None, model=None, **settings) -> Recorder:
     """A trainer of 22 rows for two epochs of six updates, with the plugin attached unless `ica` is None."""
     arguments = {
-        "output_dir": str(folder), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 2,
-        "learning_rate": 0.01, "use_cpu": True, "save_strategy": "no", "report_to": "none", "seed": 3, "disable_tqdm": True,
-        "logging_strategy": "no", **settings,
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "learning_rate": 0.01,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": 3,
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        **settings,
     }
     tokenizer = tiny.make_tokenizer()
     evaluated = tokenised(5, 5) if "eval_strategy" in settings else None
     trainer = Recorder(
-        model or tiny.make_model(), TrainingArguments(**arguments), train_dataset=train or tokenised(ROWS, 0), eval_dataset=evaluated,
-        data_collator=DataCollatorForSeq2Seq(tokenizer), processing_class=tokenizer,
+        model or tiny.make_model(),
+        TrainingArguments(**arguments),
+        train_dataset=train or tokenised(ROWS, 0),
+        eval_dataset=evaluated,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
     )
     trainer.trained = []
     if ica is not None:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
+
 import tiny
 
 EXPECTED = Path(__file__).with_suffix(".json")
@@ -63,16 +64,21 @@ def check_same_scores(trainer, callback) -> float:
 if __name__ == "__main__":
     import tempfile
 
-    import ica_plugin
     from datasets import Dataset
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    import ica_plugin
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(folder, report_to="none", save_strategy="no", use_cpu=True, max_steps=1)
         tokenizer = tiny.make_tokenizer()
         train, holdout = (Dataset.from_list([tokenised(row) for row in rows]) for rows in (ROWS, HOLDOUT))
         trainer = Trainer(
-            tiny.make_model(), arguments, train_dataset=train, data_collator=DataCollatorForSeq2Seq(tokenizer), processing_class=tokenizer
+            tiny.make_model(),
+            arguments,
+            train_dataset=train,
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer,
         )
         callback = ica_plugin.attach(trainer, BLOCK, holdout=holdout)
         EXPECTED.write_text(json.dumps(scores_of(trainer, callback), indent=1) + "\n")

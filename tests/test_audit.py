@@ -4,6 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from peft import LoraConfig, get_peft_model
+from scipy.stats import spearmanr
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
 import tiny
 from ica_plugin import attach
 from ica_plugin.errors import ICAError
@@ -11,10 +15,7 @@ from ica_plugin.examples import Example, Sequence
 from ica_plugin.tools.audit import _agreement, _sections, audit_numbers, auroc
 from ica_plugin.tools.noise import corrupted
 from ica_plugin.tools.page import write_page
-from peft import LoraConfig, get_peft_model
-from scipy.stats import spearmanr
 from runs import tokenised
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,11 @@ def callback(tmp_path_factory):
     tokenizer = tiny.make_tokenizer()
     model = get_peft_model(tiny.make_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     trainer = Trainer(
-        model, TrainingArguments(str(tmp_path_factory.mktemp("audit")), use_cpu=True, report_to="none"), train_dataset=tokenised(30, 0),
-        data_collator=DataCollatorForSeq2Seq(tokenizer), processing_class=tokenizer,
+        model,
+        TrainingArguments(str(tmp_path_factory.mktemp("audit")), use_cpu=True, report_to="none"),
+        train_dataset=tokenised(30, 0),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
     )
     return attach(trainer, {"k": 2}, holdout=tokenised(8, 9))
 
@@ -37,11 +41,18 @@ def test_numbers_and_page(callback, tmp_path):
     ica, likelihood = (np.array(numbers["values"][name]) for name in ("ica", "likelihood"))
     assert numbers["agreement"][0]["rank correlation"] == pytest.approx(spearmanr(ica, likelihood).statistic)
     assert {line["ICA with"] for line in numbers["sensitivity"]} >= {
-        "k = 1", "k = 3", "the order turned round", "demonstrations at random", "one half of the holdout against the other",
+        "k = 1",
+        "k = 3",
+        "the order turned round",
+        "demonstrations at random",
+        "one half of the holdout against the other",
     }
     assert all(0 <= line[name] <= 1 for line in numbers["noise"] for name in names)
     assert numbers["best"][0]["score"] == ica.max() and numbers["worst"][0]["score"] == ica.min()
-    assert callback.trainer.processing_class.decode(callback.train[numbers["best"][0]["row"]].sequences[0].tokens) == numbers["best"][0]["text"]
+    assert (
+        callback.trainer.processing_class.decode(callback.train[numbers["best"][0]["row"]].sequences[0].tokens)
+        == numbers["best"][0]["text"]
+    )
     write_page(tmp_path / "audit.html", "Audit", _sections(numbers), numbers)
     page = (tmp_path / "audit.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "<script" not in page

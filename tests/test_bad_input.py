@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-import trl_host.trl_harness as trl_harness
 from accelerate.utils import DistributedType
-from checks import callback_of
 from datasets import Dataset
+
+import tiny
+import trl_host.trl_harness as trl_harness
+from checks import callback_of
 from ica_plugin import attach
 from ica_plugin.config import parse_config
 from ica_plugin.errors import ICAError

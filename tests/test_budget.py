@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+
+from checks import callback_of
 from ica_plugin import budget as budget_module
 from ica_plugin.budget import Allowance, Neighbours, affordable, row_features, spread
 from ica_plugin.config import ICAConfig, parse_config
 from ica_plugin.errors import ICAError
 from ica_plugin.examples import Example, Sequence
-
-from checks import callback_of
 from processes import torchrun
 from runs import ROWS, refreshes, run
 
@@ -161,7 +161,12 @@ def record(folder) -> dict:
 @pytest.mark.parametrize("interval", ["never", "epoch", 20, 0.1])
 def test_scoring_stays_within_its_share(tmp_path, interval):
     """220 steps; both sides of the ratio slow down alike on a busy machine."""
-    run(tmp_path, {"refresh_interval": interval, "budget": 0.05, "retrieval": "policy"}, num_train_epochs=20, gradient_accumulation_steps=1)
+    run(
+        tmp_path,
+        {"refresh_interval": interval, "budget": 0.05, "retrieval": "policy"},
+        num_train_epochs=20,
+        gradient_accumulation_steps=1,
+    )
     found = record(tmp_path)
     assert found["steps"] == 220
     assert found["scoring_seconds"] <= 0.06 * found["training_seconds"]

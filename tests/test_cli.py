@@ -1,6 +1,7 @@
 import pytest
-from ica_plugin.cli import app
 from typer.testing import CliRunner
+
+from ica_plugin.cli import app
 
 
 @pytest.mark.parametrize(

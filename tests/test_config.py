@@ -1,4 +1,5 @@
 import pytest
+
 from ica_plugin.config import ICAConfig, parse_config
 from ica_plugin.errors import ICAError
 
@@ -6,16 +7,15 @@ from ica_plugin.errors import ICAError
 def test_defaults():
     config = parse_config({"holdout": "good.jsonl"})
     assert config.model_dump() == {
-        **ICAConfig(holdout="x").model_dump(), "holdout": "good.jsonl",
+        **ICAConfig(holdout="x").model_dump(),
+        "holdout": "good.jsonl",
     }
     assert (config.k, config.refresh_interval, config.refresh_scope) == (3, "never", "window")
     assert (config.weighting, config.temperature, config.max_weight) == ("softmax", 1.0, 10.0)
     assert (config.score, config.retrieval, config.seed) == ("ica", "policy", 42)
 
 
-@pytest.mark.parametrize(
-    ("value", "steps"), [("never", None), ("epoch", None), (5, 5), (0.1, 10), (0.001, 1)]
-)
+@pytest.mark.parametrize(("value", "steps"), [("never", None), ("epoch", None), (5, 5), (0.1, 10), (0.001, 1)])
 def test_interval_in_steps(value, steps):
     assert parse_config({"holdout": "x", "refresh_interval": value}).interval_steps(100) == steps
 

@@ -25,13 +25,20 @@ from ica_plugin.scoring.memory import MAX_TOKENS, Budget, budget_for
 from ica_plugin.scoring.packed import PackedPath
 from ica_plugin.scoring.padded import PaddedPath
 from ica_plugin.scoring.trees import common_prefix, grow, split_into_trees
-
 from tiny import make_model
 
 CPU = torch.device("cpu")
 TINY = dict(
-    vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=2, pad_token_id=0,
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    bos_token_id=0,
+    eos_token_id=2,
+    pad_token_id=0,
     initializer_range=0.3,
 )
 
@@ -93,10 +100,18 @@ def test_paths_agree_with_one_row_at_a_time(path, batch_tokens):
 @pytest.mark.parametrize(
     "family, settings",
     [
-        ("Llama", {}), ("Qwen2", {}), ("Qwen3", dict(head_dim=16)), ("Gemma", dict(head_dim=16)), ("Olmo2", {}),
-        ("Phi3", {}), ("Granite", {}), ("Cohere", {}), ("StableLm", {}),
+        ("Llama", {}),
+        ("Qwen2", {}),
+        ("Qwen3", dict(head_dim=16)),
+        ("Gemma", dict(head_dim=16)),
+        ("Olmo2", {}),
+        ("Phi3", {}),
+        ("Granite", {}),
+        ("Cohere", {}),
+        ("StableLm", {}),
         ("Qwen3Moe", dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)),
-        ("GPTNeoX", {}), ("GPT2", dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)),
+        ("GPTNeoX", {}),
+        ("GPT2", dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)),
     ],
 )
 def test_full_attention_models_are_packed_and_right(family, settings):
@@ -112,9 +127,22 @@ def test_full_attention_models_are_packed_and_right(family, settings):
     [
         ("Mistral", dict(sliding_window=8), "sliding window"),
         ("Gemma3Text", dict(head_dim=16, sliding_window=8), "sliding"),
-        ("Qwen3Next", dict(head_dim=16, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
-                           linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-                           shared_expert_intermediate_size=32, layer_types=["linear_attention", "full_attention"]), "linear_attention"),
+        (
+            "Qwen3Next",
+            dict(
+                head_dim=16,
+                linear_num_value_heads=4,
+                linear_num_key_heads=2,
+                linear_key_head_dim=8,
+                linear_value_head_dim=8,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=32,
+                shared_expert_intermediate_size=32,
+                layer_types=["linear_attention", "full_attention"],
+            ),
+            "linear_attention",
+        ),
         ("Mamba", dict(state_size=4), "linear_attention"),
         ("Bloom", dict(n_layer=2, n_head=4), "SDPA"),
     ],
@@ -175,8 +203,12 @@ def test_awkward_rows(path):
     other = np.concatenate([tokens[:7], tokens[:3]])
     late = np.arange(12) >= 5
     sequences = [
-        Sequence(tokens, late), Sequence(tokens, late), Sequence(tokens[:6], late[:6]), Sequence(tokens, np.zeros(12, bool)),
-        Sequence(other, np.arange(10) >= 5), Sequence(tokens[:2], np.array([False, True])),
+        Sequence(tokens, late),
+        Sequence(tokens, late),
+        Sequence(tokens[:6], late[:6]),
+        Sequence(tokens, np.zeros(12, bool)),
+        Sequence(other, np.arange(10) >= 5),
+        Sequence(tokens[:2], np.array([False, True])),
     ]
     values = engine_with(model, path).logprobs(sequences)
     np.testing.assert_allclose(values, one_at_a_time(model, sequences), atol=1e-4)
@@ -199,7 +231,11 @@ def examples_and_demonstrations(kind: str, n: int = 12):
 
     def example():
         prompt = rng.integers(3, 512, size=6)
-        return Example(tuple(sequence(prompt) for _ in range(2 if kind == "pair" else 1)), kind, kind != "unpaired" or bool(rng.random() < 0.5))
+        return Example(
+            tuple(sequence(prompt) for _ in range(2 if kind == "pair" else 1)),
+            kind,
+            kind != "unpaired" or bool(rng.random() < 0.5),
+        )
 
     holdout = [example() for _ in range(5)]
     return [example() for _ in range(n)], [sorted(rng.choice(5, 3, replace=False).tolist()) for _ in range(n)], holdout
@@ -211,16 +247,11 @@ def test_scores_by_both_paths_are_the_formula(kind, length_normalize):
     model = make_model().eval()
     examples, demonstrations, holdout = examples_and_demonstrations(kind)
     for path in ("segments", "dense", "padded"):
-        scores = ica_scores(
-            engine_with(model, path), examples, demonstrations, holdout, length_normalize=length_normalize
-        )
+        scores = ica_scores(engine_with(model, path), examples, demonstrations, holdout, length_normalize=length_normalize)
         for i, example in enumerate(examples):
             shown = [holdout[d].demonstration.tokens for d in demonstrations[i]]
             base, context = (
-                [
-                    one_at_a_time(model, [s])[0] / (s.scored.sum() if length_normalize else 1)
-                    for s in sequences
-                ]
+                [one_at_a_time(model, [s])[0] / (s.scored.sum() if length_normalize else 1) for s in sequences]
                 for sequences in (example.sequences, [in_context(s, shown) for s in example.sequences])
             )
             gain = np.subtract(context, base)
@@ -325,7 +356,11 @@ def test_prompt_tuning_is_refused():
 # Trees.
 
 
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=30), st.integers(1, 60), st.integers(1, 20))
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=30),
+    st.integers(1, 60),
+    st.integers(1, 20),
+)
 @settings(max_examples=100, deadline=None)
 def test_trees_hold_every_sequence_once_within_limits(raw, max_tokens, max_predictions):
     sequences = [np.array(row) for row in raw]

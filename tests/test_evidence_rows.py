@@ -11,7 +11,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence_rows
 
 SIZES = {
-    "noise": {"clean": 6, "altered numbers": 3, "another row's answer": 3, "steps dropped": 2, "steps shuffled": 2, "holdout": 8, "test": 5},
+    "noise": {
+        "clean": 6,
+        "altered numbers": 3,
+        "another row's answer": 3,
+        "steps dropped": 2,
+        "steps shuffled": 2,
+        "holdout": 8,
+        "test": 5,
+    },
     "off-target": {"gsm8k": 5, "alpaca": 6, "code": 7, "holdout": 8, "test": 5},
     "preferences": {"right way round": 9, "flipped": 4, "holdout": 6, "test": 5},
 }
@@ -21,13 +29,19 @@ SIZES = {
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for part, start in (("train", 0), ("test", 1000)):
-        rows = [{"question": f"What is {i}?", "answer": f"First {i} + 1 = <<{i}+1={i + 1}>>{i + 1}\nThen it ends\n#### {i + 1}"} for i in range(start, start + 40)]
+        rows = [
+            {"question": f"What is {i}?", "answer": f"First {i} + 1 = <<{i}+1={i + 1}>>{i + 1}\nThen it ends\n#### {i + 1}"}
+            for i in range(start, start + 40)
+        ]
         (folder / f"gsm8k_{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name in ("alpaca_en_demo", "code_alpaca_2k"):
         rows = [{"instruction": f"{name} {i}", "input": "", "output": f"done {i}"} for i in range(20)]
         (folder / f"{name}.json").write_text(json.dumps(rows))
     solved = [
-        {"question": f"Solve {i}", **{m: {"is_correct": j % 2 == 0, "solution": f"{m} says {i}"} for j, m in enumerate(evidence_rows.MODELS)}}
+        {
+            "question": f"Solve {i}",
+            **{m: {"is_correct": j % 2 == 0, "solution": f"{m} says {i}"} for j, m in enumerate(evidence_rows.MODELS)},
+        }
         for i in range(40)
     ]
     (folder / "gsm8k_model_solutions.jsonl").write_text("\n".join(map(json.dumps, solved)))

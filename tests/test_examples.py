@@ -1,10 +1,11 @@
 import pytest
 import torch
 from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
 from ica_plugin.errors import ICAError
 from ica_plugin.examples import examples_from_batch, read_examples
-from trl.trainer.dpo_trainer import DataCollatorForPreference
-from transformers import DataCollatorForSeq2Seq
 
 T = torch.tensor
 
@@ -37,28 +38,37 @@ def test_the_first_token_is_never_scored():
 
 def test_dpo_rows_are_cut_as_the_collator_cuts_them():
     rows = Dataset.from_list([{"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6], "prompt": "text"}])
-    whole, = read_examples(rows, DataCollatorForPreference(pad_token_id=0))
+    (whole,) = read_examples(rows, DataCollatorForPreference(pad_token_id=0))
     assert plain(whole) == [([1, 2, 3, 4, 5], [False] * 3 + [True] * 2), ([1, 2, 3, 6], [False] * 3 + [True])]
     assert whole.kind == "pair" and whole.demonstration.prompt.tolist() == [1, 2, 3]
-    cut, = read_examples(rows, DataCollatorForPreference(pad_token_id=0, max_length=4))
+    (cut,) = read_examples(rows, DataCollatorForPreference(pad_token_id=0, max_length=4))
     assert plain(cut)[0] == ([1, 2, 3, 4], [False] * 3 + [True])
 
 
 def test_cpo_and_orpo_rows():
     batch = {
-        "chosen_input_ids": T([[1, 2, 3, 4]]), "chosen_attention_mask": T([[1, 1, 1, 1]]), "chosen_labels": T([[-100, -100, 3, 4]]),
-        "rejected_input_ids": T([[1, 2, 5, 0]]), "rejected_attention_mask": T([[1, 1, 1, 0]]), "rejected_labels": T([[-100, -100, 5, -100]]),
-        "prompt_input_ids": T([[1, 2]]), "prompt_attention_mask": T([[1, 1]]),
+        "chosen_input_ids": T([[1, 2, 3, 4]]),
+        "chosen_attention_mask": T([[1, 1, 1, 1]]),
+        "chosen_labels": T([[-100, -100, 3, 4]]),
+        "rejected_input_ids": T([[1, 2, 5, 0]]),
+        "rejected_attention_mask": T([[1, 1, 1, 0]]),
+        "rejected_labels": T([[-100, -100, 5, -100]]),
+        "prompt_input_ids": T([[1, 2]]),
+        "prompt_attention_mask": T([[1, 1]]),
     }
     assert plain(examples_from_batch(batch, 1)[0]) == [
-        ([1, 2, 3, 4], [False, False, True, True]), ([1, 2, 5], [False, False, True]),
+        ([1, 2, 3, 4], [False, False, True, True]),
+        ([1, 2, 5], [False, False, True]),
     ]
 
 
 def test_kto_rows_know_whether_they_are_desirable():
     batch = {
-        "input_ids": T([[1, 2], [1, 3]]), "attention_mask": T([[1, 1], [1, 1]]), "completion_mask": T([[0, 1], [0, 1]]),
-        "label": T([True, False]), "KL_input_ids": T([[1, 3], [1, 2]]),
+        "input_ids": T([[1, 2], [1, 3]]),
+        "attention_mask": T([[1, 1], [1, 1]]),
+        "completion_mask": T([[0, 1], [0, 1]]),
+        "label": T([True, False]),
+        "KL_input_ids": T([[1, 3], [1, 2]]),
     }
     good, bad = examples_from_batch(batch, 2)
     assert (good.kind, good.desirable, bad.desirable) == ("unpaired", True, False)
@@ -66,7 +76,9 @@ def test_kto_rows_know_whether_they_are_desirable():
 
 def test_twice_the_rows_are_chosen_then_rejected():
     batch = {
-        "input_ids": T([[1, 2], [3, 4], [1, 5], [3, 6]]), "attention_mask": torch.ones(4, 2), "labels": T([[-100, 2], [-100, 4], [-100, 5], [-100, 6]]),
+        "input_ids": T([[1, 2], [3, 4], [1, 5], [3, 6]]),
+        "attention_mask": torch.ones(4, 2),
+        "labels": T([[-100, 2], [-100, 4], [-100, 5], [-100, 6]]),
     }
     pairs = examples_from_batch(batch, 2)
     assert [e.kind for e in pairs] == ["pair", "pair"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import torch
+from transformers import TrainerCallback
+
+import tiny
 from checks import callback_of, parameters
 from ica_plugin import attach
 from ica_plugin.errors import ICAError
@@ -14,7 +16,6 @@ from ica_plugin.scoring.memory import Budget
 from ica_plugin.scoring.packed import PackedPath
 from ica_plugin.scoring.padded import PaddedPath
 from runs import ROWS, build, run, tokenised
-from transformers import TrainerCallback
 
 WINDOW = {"refresh_interval": 4}
 

@@ -1,9 +1,10 @@
 import pytest
-import tiny
 import torch
+from peft import LoraConfig, get_peft_model
+
+import tiny
 from ica_plugin.errors import ICAError
 from ica_plugin.injection import GradientInjection, scale_gradient
-from peft import LoraConfig, get_peft_model
 
 TOKENS = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(0))
 WEIGHTS = torch.tensor([0.0, 0.5, 2.5])
@@ -11,7 +12,9 @@ WEIGHTS = torch.tensor([0.0, 0.5, 2.5])
 
 def losses(model, tokens=TOKENS):
     logits = model(input_ids=tokens).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(tokens.shape[0], -1)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(
+        tokens.shape[0], -1
+    )
 
 
 def gradient(model, loss):

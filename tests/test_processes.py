@@ -3,11 +3,13 @@ import sys
 
 import psutil
 import pytest
+
 from processes import run
 
 PARENT = """
 import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "def stuck():\\n    import time; time.sleep(600)\\nstuck()"], start_new_session=True)
+STUCK = "def stuck():\\n    import time; time.sleep(600)\\nstuck()"
+child = subprocess.Popen([sys.executable, "-c", STUCK], start_new_session=True)
 print(child.pid, flush=True)
 child.wait()
 """

@@ -16,11 +16,12 @@ import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import DataCollatorWithFlattening
+
 from ica_plugin import attach
 from ica_plugin.injection import GradientInjection
 from ica_plugin.row_ids import ROW_IDS
 from runs import build, tokenised
-from transformers import DataCollatorWithFlattening
 
 BLOCKS = st.fixed_dictionaries(
     {

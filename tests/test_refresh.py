@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+
 from processes import torchrun
 from runs import ROWS, Recorder, refreshes, run
 
@@ -38,8 +39,13 @@ def test_each_row_is_scored_once_per_epoch(tmp_path, interval, accumulation):
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"gradient_accumulation_steps": 3}, {"max_steps": 5}, {"dataloader_drop_last": True}, {"dataloader_num_workers": 1},
-        {"eval_strategy": "steps", "eval_steps": 1}, {"train_sampling_strategy": "group_by_length"},
+        {},
+        {"gradient_accumulation_steps": 3},
+        {"max_steps": 5},
+        {"dataloader_drop_last": True},
+        {"dataloader_num_workers": 1},
+        {"eval_strategy": "steps", "eval_steps": 1},
+        {"train_sampling_strategy": "group_by_length"},
     ],
     ids=str,
 )

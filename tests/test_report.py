@@ -6,10 +6,11 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
+
 from ica_plugin.cli import app
 from ica_plugin.tools.report import report_numbers
 from runs import run
-from typer.testing import CliRunner
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
 from checks import callback_of, parameters, write_weights
 from ica_plugin.checkpoint import STATE_FILE
 from ica_plugin.errors import ICAError
 from runs import ROWS, build, refreshes, run, tokenised
-from safetensors.torch import load_file, save_file
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 BLOCKS = {

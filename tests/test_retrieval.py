@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from ica_plugin.config import ICAConfig
 from ica_plugin.errors import ICAError
 from ica_plugin.examples import Example, Sequence
@@ -31,7 +32,13 @@ def choose(retrieval, k=1, train=TRAIN, holdout=HOLDOUT, context=None, rows=None
     checked = check_holdout("holdout", holdout, train, context)
     config = ICAConfig(holdout="x", retrieval=retrieval, k=k, seed=seed)
     return retrieve(
-        train, checked, config, rows=list(range(len(train))) if rows is None else rows, context=context, embed=embed, decode=decode
+        train,
+        checked,
+        config,
+        rows=list(range(len(train))) if rows is None else rows,
+        context=context,
+        embed=embed,
+        decode=decode,
     )
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from ica_plugin.config import ICAConfig
 from ica_plugin.examples import Example, Sequence
 from ica_plugin.holdout import check_holdout

@@ -9,6 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from scipy.stats import rankdata
+
 from ica_plugin.config import parse_config
 from ica_plugin.errors import ICAError
 from ica_plugin.examples import Example, Sequence
@@ -16,12 +19,9 @@ from ica_plugin.holdout import check_holdout
 from ica_plugin.scoring import ScoringContext, scores_for, total_score
 from ica_plugin.scoring.engine import Engine
 from ica_plugin.scoring.expression import SCORERS, balanced, combined, in_band, parse_score
-from ica_plugin.scoring.influence import truncated
 from ica_plugin.scoring.ica import in_context
+from ica_plugin.scoring.influence import truncated
 from ica_plugin.weighting import weights_from_scores
-from peft import LoraConfig, get_peft_model
-from scipy.stats import rankdata
-
 from tiny import make_model
 
 CPU = torch.device("cpu")
@@ -46,7 +46,9 @@ def make_examples(kind: str, n: int, seed: int) -> list[Example]:
 def make_lora(trained: bool = True, seed: int = 0):
     """A tiny model with a LoRA whose B is not zero, as after some training."""
     torch.manual_seed(seed)
-    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.2, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        make_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.2, task_type="CAUSAL_LM")
+    )
     if trained:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -61,9 +63,14 @@ def make_context(score: str, kind: str = "sft", model=None, n: int = 8, **settin
     rng = np.random.default_rng(3)
     model = model if model is not None else make_lora()
     return ScoringContext(
-        engine=Engine(model, device=CPU), config=config, train=train, rows=list(range(n)),
+        engine=Engine(model, device=CPU),
+        config=config,
+        train=train,
+        rows=list(range(n)),
         demonstrations=[sorted(rng.choice(holdout.shown, 2, replace=False).tolist()) for _ in range(n)],
-        holdout=holdout, length_normalize=bool(config.length_normalize), beta=BETA,
+        holdout=holdout,
+        length_normalize=bool(config.length_normalize),
+        beta=BETA,
     )
 
 
@@ -130,7 +137,8 @@ def test_one_shot(kind):
     context = make_context("one_shot", kind)
     model, holdout = context.engine.model, context.holdout.examples
     expected = [
-        sign(row) * np.mean([mean_logprob(model, holdout[d], [row.demonstration.tokens]) - mean_logprob(model, holdout[d]) for d in demos])
+        sign(row)
+        * np.mean([mean_logprob(model, holdout[d], [row.demonstration.tokens]) - mean_logprob(model, holdout[d]) for d in demos])
         for row, demos in zip(context.train, context.demonstrations, strict=True)
     ]
     np.testing.assert_allclose(score(context), expected, atol=1e-4)
@@ -217,9 +225,20 @@ def test_rho_with_a_given_adapter(kind, length_normalize, tmp_path):
 
 
 def state_of(model) -> tuple:
-    parameters = {name: (p.data_ptr(), p.detach().clone(), p.requires_grad, p.grad if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()}
+    parameters = {
+        name: (p.data_ptr(), p.detach().clone(), p.requires_grad, p.grad if p.grad is None else p.grad.clone())
+        for name, p in model.named_parameters()
+    }
     modes = [module.training for module in model.modules()]
-    return parameters, modes, torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy(), list(model.peft_config), model.active_adapter
+    return (
+        parameters,
+        modes,
+        torch.get_rng_state(),
+        random.getstate(),
+        np.random.get_state()[1].copy(),
+        list(model.peft_config),
+        model.active_adapter,
+    )
 
 
 def assert_same_state(found: tuple, expected: tuple) -> None:
@@ -233,7 +252,9 @@ def assert_same_state(found: tuple, expected: tuple) -> None:
     assert found[5:] == expected[5:]
 
 
-@pytest.mark.parametrize("name, kind", [("rho", "sft"), ("rho", "pair"), ("irm", "pair"), ("influence", "pair"), ("datainf", "sft")])
+@pytest.mark.parametrize(
+    "name, kind", [("rho", "sft"), ("rho", "pair"), ("irm", "pair"), ("influence", "pair"), ("datainf", "sft")]
+)
 def test_training_notices_nothing(name, kind):
     model = make_lora()
     ids = torch.randint(3, 512, (2, 8))
@@ -267,9 +288,10 @@ def test_influence(kind, length_normalize):
     context = make_context("influence", kind, length_normalize=length_normalize)
     model = context.engine.model
     shown = [gradient(model, row, length_normalize) for row in context.shown]
-    target = [np.mean([g[l] for g in shown], axis=0) for l in range(len(shown[0]))]
+    target = [np.mean([g[i] for g in shown], axis=0) for i in range(len(shown[0]))]
     expected = [
-        sign(row) * sum((g * t).sum() for g, t in zip(gradient(model, row, length_normalize), target, strict=True)) for row in context.train
+        sign(row) * sum((g * t).sum() for g, t in zip(gradient(model, row, length_normalize), target, strict=True))
+        for row in context.train
     ]
     np.testing.assert_allclose(score(context), expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
@@ -302,7 +324,7 @@ def test_influence_by_adam(steps):
     context = make_context("influence", model=model, influence={"adam": True})
     context.optimizer = optimizer
     shown = [gradient(model, row) for row in context.shown]
-    target = [np.mean([g[l] for g in shown], axis=0) for l in range(len(shown[0]))]
+    target = [np.mean([g[i] for g in shown], axis=0) for i in range(len(shown[0]))]
     saved = copy.deepcopy(optimizer.state_dict())
     start = [p.detach().clone() for p in parameters]
     expected = []
@@ -312,7 +334,9 @@ def test_influence_by_adam(steps):
         for p, g in zip(parameters, gradient(model, row), strict=True):
             p.grad = torch.from_numpy(g).float()
         copied.step()
-        expected.append(sum(float(((s - p).detach().double().numpy() * t).sum()) for p, s, t in zip(parameters, start, target, strict=True)))
+        expected.append(
+            sum(float(((s - p).detach().double().numpy() * t).sum()) for p, s, t in zip(parameters, start, target, strict=True))
+        )
         with torch.no_grad():
             [p.copy_(s) for p, s in zip(parameters, start, strict=True)]
         model.zero_grad()
@@ -336,9 +360,9 @@ def test_datainf_is_the_mean_of_inverses(kind):
     rows = [gradient(model, row) for row in context.train]
     shown = [gradient(model, row) for row in context.shown]
     expected = np.zeros(len(rows))
-    for l in range(len(rows[0])):
-        g = np.stack([row[l].ravel() for row in rows])
-        v = np.mean([row[l].ravel() for row in shown], axis=0)
+    for layer in range(len(rows[0])):
+        g = np.stack([row[layer].ravel() for row in rows])
+        v = np.mean([row[layer].ravel() for row in shown], axis=0)
         damping = 0.1 * (g**2).sum(axis=1).mean() / g.shape[1]
         inverse = np.mean([np.linalg.inv(damping * np.eye(g.shape[1]) + np.outer(x, x)) for x in g], axis=0)
         expected += g @ inverse @ v
@@ -382,7 +406,9 @@ def test_a_sum_shares_the_base_pass():
 
 
 def test_a_sum_without_all_its_parts_is_nan():
-    found = combined(parse_score("ica+rds"), {"ica": np.array([1, np.nan, 3.0]), "rds": np.array([2.0, 1, 1])}, combine="rank", band=(0, 1))
+    found = combined(
+        parse_score("ica+rds"), {"ica": np.array([1, np.nan, 3.0]), "rds": np.array([2.0, 1, 1])}, combine="rank", band=(0, 1)
+    )
     np.testing.assert_array_equal(found, [1.5, np.nan, 1.5])
 
 
@@ -410,22 +436,36 @@ def test_an_untrained_policy_leaves_the_band_to_the_other_scorer():
 def test_band_scorers_of_a_policy(name):
     context = make_context(name, "pair", holdout_adapter={"steps": 2})
     columns = scores_for(context)
-    np.testing.assert_array_equal(total_score(context.config, columns), in_band([columns[name.split("-")[0]], columns["irm"]], (0.25, 0.75)))
+    np.testing.assert_array_equal(
+        total_score(context.config, columns), in_band([columns[name.split("-")[0]], columns["irm"]], (0.25, 0.75))
+    )
 
 
-@pytest.mark.parametrize("text, terms", [
-    ("ica", ((1.0, "ica"),)),
-    ("ica + likelihood", ((1.0, "ica"), (1.0, "likelihood"))),
-    ("0.5*ica+2e-1 * ica-irm", ((0.5, "ica"), (0.2, "ica-irm"))),
-])
+@pytest.mark.parametrize(
+    "text, terms",
+    [
+        ("ica", ((1.0, "ica"),)),
+        ("ica + likelihood", ((1.0, "ica"), (1.0, "likelihood"))),
+        ("0.5*ica+2e-1 * ica-irm", ((0.5, "ica"), (0.2, "ica-irm"))),
+    ],
+)
 def test_expressions(text, terms):
     assert parse_score(text) == terms
 
 
-@pytest.mark.parametrize("text, message", [
-    ("likelyhood", "did you mean `likelihood`"), ("ica + ", "is not a scorer"), ("ica - likelihood", "is not a scorer"),
-    ("ica + ica", "twice"), ("0*ica", "above 0"), ("1.2.3*ica", "above 0"), ("-1*ica", "is not a scorer"), ("", "is not a scorer"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("likelyhood", "did you mean `likelihood`"),
+        ("ica + ", "is not a scorer"),
+        ("ica - likelihood", "is not a scorer"),
+        ("ica + ica", "twice"),
+        ("0*ica", "above 0"),
+        ("1.2.3*ica", "above 0"),
+        ("-1*ica", "is not a scorer"),
+        ("", "is not a scorer"),
+    ],
+)
 def test_wrong_expressions(text, message):
     with pytest.raises(ICAError, match="ica.score") as error:
         parse_config({"holdout": "x", "score": text})
@@ -450,6 +490,7 @@ def test_balance():
 def test_two_holdout_sets_through_a_trainer(tmp_path):
     """Each set is scored apart, with its own demonstrations; equal to two runs with one set each, put together."""
     import pyarrow.parquet as pq
+
     from ica_plugin import attach
     from runs import build, tokenised
 
@@ -471,10 +512,15 @@ def test_two_holdout_sets_through_a_trainer(tmp_path):
     assert both["demos"] == [m + [6 + d for d in c] for m, c in zip(maths["demos"], code["demos"], strict=True)]
 
 
-@pytest.mark.parametrize("holdout, message", [
-    ([], "a `name` of its own"), ([{"path": "a"}], "a `name` of its own"), ([{"name": "a", "path": "a"}, {"name": "a", "path": "b"}], "a `name` of its own"),
-    ([{"name": "a"}], "needs a `path`"),
-])
+@pytest.mark.parametrize(
+    "holdout, message",
+    [
+        ([], "a `name` of its own"),
+        ([{"path": "a"}], "a `name` of its own"),
+        ([{"name": "a", "path": "a"}, {"name": "a", "path": "b"}], "a `name` of its own"),
+        ([{"name": "a"}], "needs a `path`"),
+    ],
+)
 def test_wrong_sets(holdout, message):
     with pytest.raises(ICAError, match=message):
         parse_config({"holdout": holdout})
@@ -483,14 +529,17 @@ def test_wrong_sets(holdout, message):
 # Where a scorer is not defined, and rows that cannot be scored.
 
 
-@pytest.mark.parametrize("name, kind, lora, message", [
-    ("irm", "sft", True, "defined for preference pairs"),
-    ("ica-irm", "unpaired", True, "defined for preference pairs"),
-    ("irm", "pair", False, "trains the whole model"),
-    ("rho", "sft", False, "trains the whole model"),
-    ("influence", "sft", False, "trains the whole model"),
-    ("datainf", "sft", False, "trains the whole model"),
-])
+@pytest.mark.parametrize(
+    "name, kind, lora, message",
+    [
+        ("irm", "sft", True, "defined for preference pairs"),
+        ("ica-irm", "unpaired", True, "defined for preference pairs"),
+        ("irm", "pair", False, "trains the whole model"),
+        ("rho", "sft", False, "trains the whole model"),
+        ("influence", "sft", False, "trains the whole model"),
+        ("datainf", "sft", False, "trains the whole model"),
+    ],
+)
 def test_refusals(name, kind, lora, message):
     with pytest.raises(ICAError, match=message):
         score(make_context(name, kind, make_lora() if lora else make_model()))
@@ -526,6 +575,7 @@ def test_zero_rows():
 def test_the_band_and_others_through_a_trainer(tmp_path):
     """A run with a sum writes a column per scorer; without demonstrations nothing is retrieved."""
     import pyarrow.parquet as pq
+
     from runs import run
 
     trainer = run(tmp_path / "sum", {"score": "ica + likelihood"})
@@ -541,22 +591,41 @@ def test_the_band_and_others_through_a_trainer(tmp_path):
 
 def test_a_run_with_every_adapter_scorer_and_equal_weights_is_the_plain_run(tmp_path):
     """Second adapters, gradients and refreshes between the steps change no bit of what is trained, dropout included."""
-    from ica_plugin import attach
-    from runs import tokenised
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+    from ica_plugin import attach
+    from runs import tokenised
     from tiny import make_tokenizer
 
     ends = []
     for scored in (False, True):
         tokenizer, model = make_tokenizer(), make_lora()
         trainer = Trainer(
-            model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=6, per_device_train_batch_size=2, seed=3, learning_rate=0.01),
-            train_dataset=tokenised(12, 0), data_collator=DataCollatorForSeq2Seq(tokenizer), processing_class=tokenizer,
+            model,
+            TrainingArguments(
+                str(tmp_path),
+                use_cpu=True,
+                report_to="none",
+                max_steps=6,
+                per_device_train_batch_size=2,
+                seed=3,
+                learning_rate=0.01,
+            ),
+            train_dataset=tokenised(12, 0),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer,
         )
         if scored:
-            block = {"score": "rho + influence + datainf + likelihood", "weighting": "top", "keep": 1.0, "refresh_interval": 2, "refresh_scope": "all"}
-            callback = attach(trainer, {**block, "influence": {"adam": True}, "holdout_adapter": {"steps": 2}}, holdout=tokenised(5, 9))
+            block = {
+                "score": "rho + influence + datainf + likelihood",
+                "weighting": "top",
+                "keep": 1.0,
+                "refresh_interval": 2,
+                "refresh_scope": "all",
+            }
+            callback = attach(
+                trainer, {**block, "influence": {"adam": True}, "holdout_adapter": {"steps": 2}}, holdout=tokenised(5, 9)
+            )
         trainer.train()
         ends.append({name: p.detach().clone() for name, p in model.named_parameters()})
     assert callback.refreshes == 3 and ends[0].keys() == ends[1].keys()
@@ -565,6 +634,7 @@ def test_a_run_with_every_adapter_scorer_and_equal_weights_is_the_plain_run(tmp_
 
 def test_a_resumed_run_keeps_the_scorers_columns(tmp_path):
     import pyarrow.parquet as pq
+
     from runs import run
 
     block = {"score": "ica + likelihood", "refresh_interval": "epoch"}

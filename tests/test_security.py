@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from ica_plugin.checkpoint import STATE_FILE
 from ica_plugin.errors import ICAError
 from runs import build, run
@@ -29,7 +30,8 @@ class Bomb:
 def test_bandit_finds_nothing():
     done = subprocess.run(
         [sys.executable, "-m", "bandit", "-q", "-f", "json", "-c", str(ROOT / "pyproject.toml"), "-r", str(ROOT / "ica_plugin")],
-        capture_output=True, text=True,
+        capture_output=True,
+        text=True,
     )
     found = json.loads(done.stdout)
     assert found["metrics"]["_totals"]["loc"] > 1000 and found["results"] == []

@@ -7,12 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from ica_plugin.errors import ICAError
 from ica_plugin.tools.select import select_rows
 
 SCORES = [0.1, 5.0, None, 3.0, 4.0, -1.0]
 BEST = [1, 3, 4]  # the best half of six rows, of which one has no score: two or three
-ROWS = [{"text": f"Zeile {i}: ä\n\"quoted\"", "n": i} for i in range(6)]
+ROWS = [{"text": f'Zeile {i}: ä\n"quoted"', "n": i} for i in range(6)]
 
 
 @pytest.fixture

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
-from checks import callback_of, parameters
 from peft import LoraConfig, get_peft_model
-from runs import build
 from transformers import EarlyStoppingCallback, TrainerCallback
+
+import tiny
+from checks import callback_of, parameters
+from runs import build
 
 # Every row is in the best fraction of 1: scored every second update, and weighted 1.
 ONES = {"weighting": "top", "keep": 1.0, "refresh_interval": 2, "retrieval": "policy"}
@@ -47,7 +48,9 @@ def policy(name: str):
         return tiny.make_model(attention_dropout=0.3)
     if name == "lora":
         torch.manual_seed(0)
-        return get_peft_model(tiny.make_model(), LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM"))
+        return get_peft_model(
+            tiny.make_model(), LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
     return tiny.make_model()
 
 

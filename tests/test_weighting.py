@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from ica_plugin.config import ICAConfig
 from ica_plugin.errors import ICAError
 from ica_plugin.weighting import weights_from_scores
@@ -100,9 +101,7 @@ def test_more_than_five_percent_broken_scores_stop_the_run():
 
 
 def test_rows_without_tokens_are_outside_and_rows_without_demonstrations_are_neutral():
-    weights = weigh(
-        [np.nan, 1.0, 2.0, np.nan], tokens=[0, 5, 5, 5], by_token=True, neutral=np.array([False, False, False, True])
-    )
+    weights = weigh([np.nan, 1.0, 2.0, np.nan], tokens=[0, 5, 5, 5], by_token=True, neutral=np.array([False, False, False, True]))
     assert weights.values[0] == 0 and weights.values[3] == 1
     assert weights.values[1:3].mean() == pytest.approx(1) and not weights.bad.any()
 

@@ -2,6 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from ica_plugin.errors import ICAError
 from ica_plugin.weights_file import read_weights
 

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, decoders, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 CHATML = (
@@ -28,17 +28,32 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([" ".join(WORDS), "user assistant system \n" * 3], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|endoftext|>",
-        unk_token="<|endoftext|>", chat_template=CHATML, additional_special_tokens=["<|im_start|>"],
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        chat_template=CHATML,
+        additional_special_tokens=["<|im_start|>"],
     )
 
 
 def make_config(**overrides) -> LlamaConfig:
     """A two-layer Llama of width 32."""
     settings = dict(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=0, eos_token_id=2, pad_token_id=0,
-        initializer_range=0.3, tie_word_embeddings=False, attn_implementation="sdpa",
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
     )
     return LlamaConfig(**{**settings, **overrides})
 
@@ -99,17 +114,13 @@ def pair_rows(n: int, seed: int = 0, equal: bool = False) -> list[dict]:
 
 def argilla_rows(n: int, seed: int = 0, equal: bool = False) -> list[dict]:
     """The same pairs with whole conversations as chosen and rejected."""
-    return [
-        {side: [*row["messages"], row[side]] for side in ("chosen", "rejected")} for row in pair_rows(n, seed, equal)
-    ]
+    return [{side: [*row["messages"], row[side]] for side in ("chosen", "rejected")} for row in pair_rows(n, seed, equal)]
 
 
 def kto_rows(n: int, seed: int = 0) -> list[dict]:
     """Unpaired rows, two of three desirable."""
     rng = random.Random(seed)
-    return [
-        {"instruction": sentence(rng), "completion": sentence(rng), "label": i % 3 != 0} for i in range(n)
-    ]
+    return [{"instruction": sentence(rng), "completion": sentence(rng), "label": i % 3 != 0} for i in range(n)]
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

@@ -220,7 +220,10 @@ def validate(path: Path) -> dict[str, Any]:
         ).get_text_config()
         context, rows_of_run = getattr(model, "max_position_embeddings", None), read_examples(train, _one_row)
         holdout = joined(
-            {name: check_holdout(source, read_examples(rows, _one_row), rows_of_run, context) for name, (source, rows) in sets.items()}
+            {
+                name: check_holdout(source, read_examples(rows, _one_row), rows_of_run, context)
+                for name, (source, rows) in sets.items()
+            }
         )
         found["usable as demonstrations"] = len(holdout.shown)
         found["train rows that are also in the holdout"] = holdout.rows_in_train
@@ -246,7 +249,9 @@ def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, tuple[np
         cfg = load_cfg(str(path))
     except ValidationError as error:
         raise ICAError(str(error)) from None
-    cfg.ica = parse_config({**config_of(cfg).model_dump(exclude_unset=True), "weights": None, **changes}).model_dump(exclude_unset=True)
+    cfg.ica = parse_config({**config_of(cfg).model_dump(exclude_unset=True), "weights": None, **changes}).model_dump(
+        exclude_unset=True
+    )
     load = load_preference_datasets if cfg.rl else load_datasets
     data = load(cfg=cfg)
     with tempfile.TemporaryDirectory() as folder:
@@ -259,8 +264,14 @@ def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, tuple[np
         run = DictDefault(copy.deepcopy(dict(cfg)))
         # As it lies in the file: neither shuffled nor thinned.
         run.update(
-            shuffle_merged_datasets=False, shuffle_before_merging_datasets=False, dataset_exact_deduplication=False, test_datasets=None,
-            val_set_size=0, excess_length_strategy="truncate", dataset_prepared_path=prepared, push_dataset_to_hub=None,
+            shuffle_merged_datasets=False,
+            shuffle_before_merging_datasets=False,
+            dataset_exact_deduplication=False,
+            test_datasets=None,
+            val_set_size=0,
+            excess_length_strategy="truncate",
+            dataset_prepared_path=prepared,
+            push_dataset_to_hub=None,
         )
         in_file = [_content(row) for row in load(cfg=run).train_dataset]
     places: dict[str, deque[int]] = {}

@@ -39,7 +39,16 @@ STAGES = {"sft": "sft", "dpo": "rm", "kto": "kto"}
 PREFERENCE_LOSSES = ("sigmoid", "ipo", "hinge", "orpo", "simpo")
 # Keys of an entry of dataset_info.json that say where its rows are; the others say how to read them.
 LOCATION_KEYS = {
-    "file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "subset", "split", "folder", "num_samples",
+    "file_name",
+    "hf_hub_url",
+    "ms_hub_url",
+    "om_hub_url",
+    "script_url",
+    "cloud_file_name",
+    "subset",
+    "split",
+    "folder",
+    "num_samples",
 }
 NO_LIMIT = 1 << 30
 
@@ -174,14 +183,18 @@ def refuse_unsupported(args: dict[str, Any], config: ICAConfig) -> None:
     if use_ray():
         elsewhere.append("USE_RAY")
     if elsewhere:
-        raise ICAError(f"{elsewhere[0]} trains outside transformers' Trainer in this process, which ica_plugin cannot reach. Unset it.")
+        raise ICAError(
+            f"{elsewhere[0]} trains outside transformers' Trainer in this process, which ica_plugin cannot reach. Unset it."
+        )
     if config.weights is not None:
         _refuse_renumbered_rows(args)
 
 
 def _refuse_renumbered_rows(args: dict[str, Any]) -> None:
     moves = {
-        "packing": args.get("packing"), "neat_packing": args.get("neat_packing"), "val_size": float(args.get("val_size") or 0) > 0,
+        "packing": args.get("packing"),
+        "neat_packing": args.get("neat_packing"),
+        "val_size": float(args.get("val_size") or 0) > 0,
         "mix_strategy": args.get("mix_strategy", "concat") != "concat",
     }
     for key, moved in moves.items():
@@ -210,7 +223,9 @@ def attach(trainer: Trainer, config: ICAConfig) -> ICACallback:
     for column in ("images", "videos", "audios"):
         feature = getattr(trainer.train_dataset, "features", {}).get(column)
         if feature is not None and getattr(feature, "dtype", None) != "null":
-            raise ICAError(f"the training rows have `{column}`, and ica_plugin cannot score multimodal rows yet. Remove the `ica:` block.")
+            raise ICAError(
+                f"the training rows have `{column}`, and ica_plugin cannot score multimodal rows yet. Remove the `ica:` block."
+            )
     return attach_examples(trainer, config, read_holdout=lambda one: _read_holdout(trainer, one, run))
 
 
@@ -218,7 +233,12 @@ def _read_holdout(trainer: Trainer, config: ICAConfig, run: Any) -> tuple[str, l
     """The holdout through LLaMA-Factory's own loader, template and collator; `run` holds the run's arguments."""
     collator = trainer.data_collator
     name, rows = load_holdout(
-        config, run.model_args, run.data_args, trainer.args, STAGES[run.finetuning_args.stage], collator.template,
+        config,
+        run.model_args,
+        run.data_args,
+        trainer.args,
+        STAGES[run.finetuning_args.stage],
+        collator.template,
         {"tokenizer": trainer.processing_class, "processor": collator.processor},
     )
     return name, _not_too_long(name, read_examples(rows, collator), run.data_args.cutoff_len)
@@ -247,8 +267,16 @@ def load_holdout(
     name, entry = holdout_entry(data_args, config.holdout)
     data_args = copy.copy(data_args)
     settings = {
-        "dataset": [name], "eval_dataset": None, "val_size": 0.0, "max_samples": None, "packing": False, "neat_packing": False,
-        "tokenized_path": None, "streaming": False, "mix_strategy": "concat", "cutoff_len": NO_LIMIT,
+        "dataset": [name],
+        "eval_dataset": None,
+        "val_size": 0.0,
+        "max_samples": None,
+        "packing": False,
+        "neat_packing": False,
+        "tokenized_path": None,
+        "streaming": False,
+        "mix_strategy": "concat",
+        "cutoff_len": NO_LIMIT,
     }
     for key, value in settings.items():
         setattr(data_args, key, value)
@@ -258,7 +286,9 @@ def load_holdout(
             data_args.dataset_dir = folder
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the loader prints its first row as a "training example"
-                return name, get_dataset(template, model_args, data_args, training_args, stage=stage, **tokenizer)["train_dataset"]
+                return name, get_dataset(template, model_args, data_args, training_args, stage=stage, **tokenizer)[
+                    "train_dataset"
+                ]
         except Exception as error:
             malformed = json_error(entry.get("file_name", "")) if entry else None
             if malformed:
@@ -351,7 +381,8 @@ def validate(path: Path) -> dict[str, Any]:
         weights = read_weights(config.weights, len(train))
         return {**found, "weights": f"{config.weights}, mean {sum(weights) / len(weights):.3g}"}
     sets = {
-        name: load_holdout(one, model_args, data_args, training_args, stage, template, tokenizer) for name, one in config.sets.items()
+        name: load_holdout(one, model_args, data_args, training_args, stage, template, tokenizer)
+        for name, one in config.sets.items()
     }
     model = AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=model_args.trust_remote_code
@@ -411,7 +442,9 @@ def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, None]:
     finally:
         Trainer.train = host_train
     if not found:
-        raise ICAError("LLaMA-Factory ended without handing its trainer to transformers' `train()`; please report the config and its version.")
+        raise ICAError(
+            "LLaMA-Factory ended without handing its trainer to transformers' `train()`; please report the config and its version."
+        )
     return found[0], None
 
 

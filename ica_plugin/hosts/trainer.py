@@ -65,7 +65,9 @@ def attach(
             raise ICAError(f"{key} is given twice, in the config and as an argument; give it once.")
         # The array or dataset itself does not go into run.json.
         named = isinstance(value, (str, Path, Mapping))
-        block[key] = (value if isinstance(value, Mapping) else str(value)) if named else f"{type(value).__name__} of {len(value)} rows"
+        block[key] = (
+            (value if isinstance(value, Mapping) else str(value)) if named else f"{type(value).__name__} of {len(value)} rows"
+        )
     given = None
     if weights is not None and not isinstance(weights, (str, Path)):
         given = weights.detach().float().cpu().numpy() if torch.is_tensor(weights) else weights
@@ -73,7 +75,10 @@ def attach(
     _refuse_trl_settings(trainer)
     rows = None if holdout is None or isinstance(holdout, Path) else holdout
     return attach_examples(
-        trainer, parsed, read_holdout=lambda one: _read_holdout(trainer, one.holdout if rows is None else rows, str(one.holdout)), weights=given
+        trainer,
+        parsed,
+        read_holdout=lambda one: _read_holdout(trainer, one.holdout if rows is None else rows, str(one.holdout)),
+        weights=given,
     )
 
 
@@ -138,8 +143,9 @@ def attach_examples(
 ) -> ICACallback:
     """Make a trainer train with weights: what all hosts share.
 
-    Adds an integer column to `trainer.train_dataset`, wraps the collator, `compute_loss`, `get_batch_samples` and the
-    two methods that write and read checkpoints on the instance, and adds a callback. The host's loss, sampler, optimizer and logging stay its own.
+    Adds an integer column to `trainer.train_dataset`, wraps the collator, `compute_loss`, `get_batch_samples` and the two methods
+    that write and read checkpoints on the instance, and adds a callback. The host's loss, sampler, optimizer and logging stay its
+    own.
 
     Args:
         trainer: before `train()`.
@@ -159,7 +165,9 @@ def attach_examples(
     if unsupervised:
         get_logger().warning(
             "%d of %d train rows have no supervised token (first: row %d) and get weight 0.",
-            len(unsupervised), len(train), unsupervised[0],
+            len(unsupervised),
+            len(train),
+            unsupervised[0],
         )
     row_ids = row_ids_of(trainer.train_dataset)
     given = holdout = None
@@ -168,9 +176,7 @@ def attach_examples(
     else:
         context = model_context(trainer.model)
         holdout = joined({name: check_holdout(*read_holdout(one), train, context) for name, one in config.sets.items()})
-    callback = ICACallback(
-        trainer, config, train, holdout, given=given, length_normalize=_length_normalize(trainer, config)
-    )
+    callback = ICACallback(trainer, config, train, holdout, given=given, length_normalize=_length_normalize(trainer, config))
     _add_row_ids(trainer, row_ids)
     _wrap_loss(trainer, callback)
     _wrap_batches(trainer, callback)
@@ -318,7 +324,12 @@ def prepare_like_train(trainer: Trainer, rows: Any) -> Any:
         ICAError: the trainer offers no way to prepare rows.
     """
     if hasattr(trainer, "_prepare_dataset"):
-        arguments = {"dataset": rows, "processing_class": trainer.processing_class, "args": trainer.args, "dataset_name": "holdout"}
+        arguments = {
+            "dataset": rows,
+            "processing_class": trainer.processing_class,
+            "args": trainer.args,
+            "dataset_name": "holdout",
+        }
         if "packing" in inspect.signature(trainer._prepare_dataset).parameters:  # SFT
             arguments |= {"packing": False, "formatting_func": getattr(trainer, "_formatting_func", None)}
         return trainer._prepare_dataset(**arguments)
@@ -328,13 +339,18 @@ def prepare_like_train(trainer: Trainer, rows: Any) -> Any:
         from trl.data_utils import maybe_unpair_preference_dataset
         from trl.trainer import kto_trainer
 
-        limits = ("is_encoder_decoder", "max_length", "truncation_mode", "label_pad_token_id", "max_prompt_length", "max_completion_length")
+        limits = (
+            "is_encoder_decoder",
+            "max_length",
+            "truncation_mode",
+            "label_pad_token_id",
+            "max_prompt_length",
+            "max_completion_length",
+        )
         rows = _apply_chat_template(trainer, rows, unpair=maybe_unpair_preference_dataset)
         rows = rows.map(kto_trainer._tokenize, batched=True, fn_kwargs={"tokenizer": trainer.processing_class})
         settings = {name: getattr(trainer, name) for name in limits}
-        return rows.map(
-            kto_trainer._process_tokens, fn_kwargs={"prefix": "", "tokenizer": trainer.processing_class, **settings}
-        )
+        return rows.map(kto_trainer._process_tokens, fn_kwargs={"prefix": "", "tokenizer": trainer.processing_class, **settings})
     raise ICAError(
         f"{type(trainer).__name__} offers no way to prepare raw rows; give the holdout tokenised, in the columns of its train "
         f"dataset: {trainer.train_dataset.column_names}."

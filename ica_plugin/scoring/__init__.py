@@ -95,7 +95,9 @@ def scores_for_sets(context: ScoringContext) -> dict[str, np.ndarray]:
     for name, shown in context.holdout.sets.items():
         mine = set(shown)
         alone = replace(
-            context, holdout=context.holdout.only(name), kept=context.kept.setdefault(name, {}),
+            context,
+            holdout=context.holdout.only(name),
+            kept=context.kept.setdefault(name, {}),
             demonstrations=[[d for d in demonstrations if d in mine] for demonstrations in context.demonstrations],
         )
         vars(alone).update(shared)  # log-probs of the rows without demonstrations are the same for every set
@@ -115,5 +117,7 @@ def balanced_score(config: ICAConfig, columns: dict[str, np.ndarray]) -> np.ndar
     names = list(config.sets)
     if names == [""]:
         return total_score(config, columns)
-    of_sets = [{key.removesuffix(f":{name}"): column for key, column in columns.items() if key.endswith(f":{name}")} for name in names]
+    of_sets = [
+        {key.removesuffix(f":{name}"): column for key, column in columns.items() if key.endswith(f":{name}")} for name in names
+    ]
     return balanced([total_score(config, part) for part in of_sets], config.balance, config.combine)

@@ -14,7 +14,9 @@ from ..errors import ICAError
 def require_adapter(model: nn.Module, why: str) -> None:
     """Raise ICAError unless the policy is a PEFT model. `why`: what needs the adapter."""
     if not (hasattr(model, "peft_config") and hasattr(model, "disable_adapter")):
-        raise ICAError(f"ica.score: {why}, and this run trains the whole model. Train with LoRA, or use a scorer that needs no adapter (docs/scorers.md).")
+        raise ICAError(
+            f"ica.score: {why}, and this run trains the whole model. Train with LoRA, or use a scorer that needs no adapter (docs/scorers.md)."
+        )
 
 
 def require_lora(model: nn.Module, why: str) -> Any:
@@ -53,7 +55,9 @@ def adapter_swapped(model: nn.Module, name: str) -> Iterator[None]:
 def _active(model: nn.Module) -> str:
     active = model.active_adapter
     if not isinstance(active, str):
-        raise ICAError(f"ica.score: the policy has several active adapters ({active}); scorers that switch adapters need exactly one.")
+        raise ICAError(
+            f"ica.score: the policy has several active adapters ({active}); scorers that switch adapters need exactly one."
+        )
     return active
 
 

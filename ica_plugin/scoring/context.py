@@ -80,8 +80,12 @@ class ScoringContext:
     def ica(self) -> Scores:
         """ICA scores of the rows."""
         return ica_scores(
-            self.engine, self.examples, self.demonstrations, self.holdout.examples,
-            length_normalize=self.length_normalize, progress=self.progress,
+            self.engine,
+            self.examples,
+            self.demonstrations,
+            self.holdout.examples,
+            length_normalize=self.length_normalize,
+            progress=self.progress,
         )
 
     @cached_property

@@ -34,7 +34,9 @@ def datainf(context: ScoringContext) -> np.ndarray:
     target = mean_gradient(context, context.shown)
     sample = _hessian_rows(context, sum(t.numel() for t in target))
     gradients = list(row_gradients(context, [context.train[row] for row in sample]))
-    directions = [_inverse_hessian(torch.stack([g[l].flatten() for g in gradients]), target[l].flatten()) for l in range(len(target))]
+    directions = [
+        _inverse_hessian(torch.stack([g[i].flatten() for g in gradients]), target[i].flatten()) for i in range(len(target))
+    ]
     del gradients
     result = np.full(len(context.rows), np.nan)
     for i, gradient in enumerate(row_gradients(context, context.examples)):

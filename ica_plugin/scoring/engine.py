@@ -56,7 +56,9 @@ class Engine:
     ):
         adapter = getattr(model, "active_peft_config", None)
         if getattr(adapter, "is_prompt_learning", False):
-            raise ICAError(f"{adapter.peft_type.value} adapters are not supported by ica_plugin: their virtual tokens stand before every row. Use LoRA.")
+            raise ICAError(
+                f"{adapter.peft_type.value} adapters are not supported by ica_plugin: their virtual tokens stand before every row. Use LoRA."
+            )
         self.model = model
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.device = torch.device(device)

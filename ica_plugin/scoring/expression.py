@@ -12,7 +12,18 @@ from scipy.stats import rankdata
 from ..errors import ICAError
 
 SCORERS = (
-    "ica", "likelihood", "one_shot", "rho", "lossdiff", "irm", "ica-irm", "lossdiff-irm", "influence", "datainf", "rds", "random",
+    "ica",
+    "likelihood",
+    "one_shot",
+    "rho",
+    "lossdiff",
+    "irm",
+    "ica-irm",
+    "lossdiff-irm",
+    "influence",
+    "datainf",
+    "rds",
+    "random",
 )
 # Scorers that look at a row's demonstrations; the others need no retrieval.
 SHOWS_DEMONSTRATIONS = {"ica", "one_shot"}
@@ -36,7 +47,9 @@ def parse_score(text: str) -> Terms:
     for part in text.split("+"):
         match = _TERM.fullmatch(part.strip())
         if match is None:
-            raise ICAError(f"`{part.strip()}` is not a scorer; give a name or a sum of names as in `ica + likelihood` or `0.5*ica + likelihood`")
+            raise ICAError(
+                f"`{part.strip()}` is not a scorer; give a name or a sum of names as in `ica + likelihood` or `0.5*ica + likelihood`"
+            )
         name = match["name"]
         if name not in SCORERS:
             near = difflib.get_close_matches(name, SCORERS, n=1, cutoff=0.4)
@@ -75,7 +88,9 @@ def combined(terms: Terms, parts: dict[str, np.ndarray], *, combine: Combine, ba
     Returns:
         float64 [n].
     """
-    columns = [in_band([parts[part] for part in BAND_SCORERS[name]], band) if name in BAND_SCORERS else parts[name] for _, name in terms]
+    columns = [
+        in_band([parts[part] for part in BAND_SCORERS[name]], band) if name in BAND_SCORERS else parts[name] for _, name in terms
+    ]
     if len(columns) == 1:
         return columns[0]
     result = np.full(len(columns[0]), np.nan)

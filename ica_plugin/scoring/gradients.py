@@ -14,7 +14,9 @@ from .adapters import require_adapter, without_adapter
 from .context import ScoringContext
 
 
-def row_loss(model: nn.Module, example: Example, *, device: torch.device, beta: float, reference: np.ndarray | None) -> torch.Tensor:
+def row_loss(
+    model: nn.Module, example: Example, *, device: torch.device, beta: float, reference: np.ndarray | None
+) -> torch.Tensor:
     """The loss of `context.losses` for one row, differentiable: mean token loss, or −log σ(β m) for a pair.
 
     Args:
@@ -72,7 +74,9 @@ def row_gradients(context: ScoringContext, examples: list[Example]) -> Iterator[
             loss = row_loss(model, example, device=context.engine.device, beta=context.beta, reference=reference)
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
         context.progress(1)
-        yield [torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() for g, p in zip(found, parameters, strict=True)]
+        yield [
+            torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() for g, p in zip(found, parameters, strict=True)
+        ]
 
 
 def mean_gradient(context: ScoringContext, examples: list[Example]) -> list[torch.Tensor]:

@@ -65,7 +65,9 @@ def _load_or_train(context: ScoringContext) -> None:
         try:
             model.load_adapter(settings.path, NAME)
         except Exception as error:
-            raise ICAError(f"ica.holdout_adapter.path: {settings.path}: cannot be loaded on this base: {type(error).__name__}: {error}") from error
+            raise ICAError(
+                f"ica.holdout_adapter.path: {settings.path}: cannot be loaded on this base: {type(error).__name__}: {error}"
+            ) from error
         return
     torch.manual_seed(context.config.seed)
     model.add_adapter(NAME, _lora_like(require_lora(model, "the holdout adapter"), settings.r))
@@ -73,15 +75,25 @@ def _load_or_train(context: ScoringContext) -> None:
         set_peft_model_state_dict(model, context.kept["adapter"], adapter_name=NAME)
         return
     _train(context)
-    context.kept["adapter"] = {name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(model, adapter_name=NAME).items()}
+    context.kept["adapter"] = {
+        name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(model, adapter_name=NAME).items()
+    }
 
 
 def _lora_like(policy: Any, r: int) -> Any:
     """A plain LoRA of rank r on the matrices that the policy's adapter trains."""
     config = copy.deepcopy(policy)
     plain = {
-        "r": r, "lora_alpha": 2 * r, "lora_dropout": 0.0, "bias": "none", "modules_to_save": None, "init_lora_weights": True,
-        "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False, "inference_mode": False,
+        "r": r,
+        "lora_alpha": 2 * r,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
+        "inference_mode": False,
     }
     for key, value in plain.items():
         setattr(config, key, value)
@@ -103,7 +115,9 @@ def _train(context: ScoringContext) -> None:
             batch, order = order[:ROWS_PER_STEP], order[ROWS_PER_STEP:]
             total = 0.0
             for i in batch:
-                loss = row_loss(model, rows[i], device=context.engine.device, beta=context.beta, reference=references[i]) / len(batch)
+                loss = row_loss(model, rows[i], device=context.engine.device, beta=context.beta, reference=references[i]) / len(
+                    batch
+                )
                 # Not `backward`, which would also reach what the run trains beside its adapter.
                 for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -74,7 +74,9 @@ def _adam(context: ScoringContext):
 
     def direction(gradient: list[torch.Tensor]) -> list[torch.Tensor]:
         return [
-            (beta1 * m + (1 - beta1) * g) / (1 - beta1**t) / (((beta2 * v + (1 - beta2) * g**2) / (1 - beta2**t)).sqrt() + epsilon)
+            (beta1 * m + (1 - beta1) * g)
+            / (1 - beta1**t)
+            / (((beta2 * v + (1 - beta2) * g**2) / (1 - beta2**t)).sqrt() + epsilon)
             for g, (m, v, t) in zip(gradient, moments, strict=True)
         ]
 

@@ -33,7 +33,9 @@ def one_shot(context: ScoringContext) -> np.ndarray:
             if len(context.examples[i].demonstration.tokens) + holdout[d].longest <= limit
         ]
         flat: list[Sequence] = [
-            in_context(sequence, [context.examples[i].demonstration.tokens]) for i, d in pairs for sequence in holdout[d].sequences
+            in_context(sequence, [context.examples[i].demonstration.tokens])
+            for i, d in pairs
+            for sequence in holdout[d].sequences
         ]
         if not pairs:
             continue

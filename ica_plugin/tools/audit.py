@@ -86,9 +86,12 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
         finite = values[name][np.isfinite(values[name])]
         described.append(
             {
-                "scorer": name, "mean": float(finite.mean()), "std": float(finite.std()),
+                "scorer": name,
+                "mean": float(finite.mean()),
+                "std": float(finite.std()),
                 **{f"q{int(100 * q)}": float(np.quantile(finite, q)) for q in (0.01, 0.25, 0.5, 0.75, 0.99)},
-                "without a score": int(len(sample) - len(finite)), "seconds, alone": sum(seconds[part] for part in _parts([name])),
+                "without a score": int(len(sample) - len(finite)),
+                "seconds, alone": sum(seconds[part] for part in _parts([name])),
             }
         )
     agreement = [
@@ -101,7 +104,8 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
     def texts(index: np.ndarray) -> list[dict[str, Any]]:
         return [
             {
-                "row": sample[i], "score": float(values[callback.config.score][i]),
+                "row": sample[i],
+                "score": float(values[callback.config.score][i]),
                 **{
                     side: tokenizer.decode(sequence.tokens)[:1500]
                     for side, sequence in zip(("text", "rejected"), callback.train[sample[i]].sequences, strict=False)
@@ -112,15 +116,21 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
 
     return {
         "data": {
-            "train rows": len(callback.train), "rows in the sample": len(sample), "kind": callback.train[0].kind,
-            "without supervised tokens": len(callback.train) - len(scorable), "holdout rows": len(callback.holdout.examples),
-            "shown as demonstrations": len(callback.holdout.shown), "train rows that are also in the holdout": callback.holdout.rows_in_train,
+            "train rows": len(callback.train),
+            "rows in the sample": len(sample),
+            "kind": callback.train[0].kind,
+            "without supervised tokens": len(callback.train) - len(scorable),
+            "holdout rows": len(callback.holdout.examples),
+            "shown as demonstrations": len(callback.holdout.shown),
+            "train rows that are also in the holdout": callback.holdout.rows_in_train,
             "median supervised tokens": float(np.median([callback.train[i].supervised_tokens for i in scorable])),
             "score of the config": callback.config.score,
         },
         "scores": described,
         "agreement": agreement,
-        "influence": [{"scorer": n, **_agreement(values[n], values["influence"])} for n in names if n != "influence"] if "influence" in names else [],
+        "influence": [{"scorer": n, **_agreement(values[n], values["influence"])} for n in names if n != "influence"]
+        if "influence" in names
+        else [],
         "sensitivity": audit.sensitivity(columns.get("ica")),
         "noise": audit.noise(names, planted, rng),
         "best": texts(ranked[:SHOWN_ROWS]),
@@ -141,14 +151,21 @@ class _Audit:
         callback = self.callback
         tokenizer = callback.trainer.processing_class
         return retrieve(
-            callback.train, holdout, config, rows=self.sample, context=model_context(callback.trainer.model),
-            embed=self.engine.embeddings, decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+            callback.train,
+            holdout,
+            config,
+            rows=self.sample,
+            context=model_context(callback.trainer.model),
+            embed=self.engine.embeddings,
+            decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         )
 
     def columns(self, parts: list[str], context: ScoringContext | None = None) -> dict[str, np.ndarray]:
         """Scores by scorer, of the sample or of a context's rows, computed together."""
         context = context or self.callback.scoring_context(self.sample, self.demonstrations)
-        return scores_for(dataclasses.replace(context, config=self.callback.config.model_copy(update={"score": " + ".join(parts)})))
+        return scores_for(
+            dataclasses.replace(context, config=self.callback.config.model_copy(update={"score": " + ".join(parts)}))
+        )
 
     def total(self, score: str, columns: dict[str, np.ndarray]) -> np.ndarray:
         return total_score(self.callback.config.model_copy(update={"score": score}), columns)
@@ -172,13 +189,22 @@ class _Audit:
             at_random = self.retrieve(config.model_copy(update={"retrieval": "random"}), holdout)
             found.append({"ICA with": "demonstrations at random", **_agreement(own, self.ica(at_random))})
         context = self.callback.scoring_context(self.sample, self.demonstrations)
-        bare = [dataclasses.replace(row, sequences=(_answer(row), *row.sequences[1:])) if row.can_be_scored else row for row in holdout.examples]
+        bare = [
+            dataclasses.replace(row, sequences=(_answer(row), *row.sequences[1:])) if row.can_be_scored else row
+            for row in holdout.examples
+        ]
         context.holdout = dataclasses.replace(holdout, examples=bare)
-        found.append({"ICA with": "another template: answers alone, without their prompts", **_agreement(own, self.columns(["ica"], context)["ica"])})
+        found.append(
+            {
+                "ICA with": "another template: answers alone, without their prompts",
+                **_agreement(own, self.columns(["ica"], context)["ica"]),
+            }
+        )
         if len(holdout.shown) >= 4:
             mixed = rng.permutation(holdout.shown).tolist()
             halves = [
-                self.ica(self.retrieve(config, dataclasses.replace(holdout, shown=sorted(half)))) for half in (mixed[::2], mixed[1::2])
+                self.ica(self.retrieve(config, dataclasses.replace(holdout, shown=sorted(half))))
+                for half in (mixed[::2], mixed[1::2])
             ]
             found.append({"ICA with": "one half of the holdout against the other", **_agreement(*halves)})
         return found
@@ -199,7 +225,10 @@ class _Audit:
         origin = [*range(len(clean)), *(i for here in places.values() for i in here)]
         train: list[Example] = [*clean, *(copies[kind][i] for kind, here in places.items() for i in here)]
         context = dataclasses.replace(
-            callback.scoring_context([], []), train=train, rows=list(range(len(train))), demonstrations=[shown[i] for i in origin],
+            callback.scoring_context([], []),
+            train=train,
+            rows=list(range(len(train))),
+            demonstrations=[shown[i] for i in origin],
             holdout=dataclasses.replace(callback.holdout, hidden_from=[hidden[i] for i in origin]),
         )
         context.kept = {key: value for key, value in context.kept.items() if key == "adapter"}
@@ -284,7 +313,9 @@ def _sections(numbers: dict[str, Any]) -> list[Section]:
 
     def noise(axes: Any) -> None:
         for name in values:
-            axes.plot([line["corruption"] for line in numbers["noise"]], [line[name] for line in numbers["noise"]], "o", label=name)
+            axes.plot(
+                [line["corruption"] for line in numbers["noise"]], [line[name] for line in numbers["noise"]], "o", label=name
+            )
         axes.axhline(0.5, color="grey", linewidth=0.8)
         axes.set(ylabel="AUROC", ylim=(0, 1.02))
         axes.legend(frameon=False, fontsize=8, ncols=4)
@@ -292,15 +323,30 @@ def _sections(numbers: dict[str, Any]) -> list[Section]:
     shared = "Chance is 0.1 for the shared tenths and 0 for the rank correlation."
     sections = [
         Section("The data", rows=[{"": name, "value": value} for name, value in numbers["data"].items()]),
-        Section("Score distributions", "Seconds are of one scorer alone; together they share forwards.", picture(distributions), numbers["scores"]),
-        Section("Agreement of the scorers", f"Rank correlation over the sample. {shared}", picture(matrix, (6.5, 5.5)), numbers["agreement"]),
+        Section(
+            "Score distributions",
+            "Seconds are of one scorer alone; together they share forwards.",
+            picture(distributions),
+            numbers["scores"],
+        ),
+        Section(
+            "Agreement of the scorers",
+            f"Rank correlation over the sample. {shared}",
+            picture(matrix, (6.5, 5.5)),
+            numbers["agreement"],
+        ),
         Section(
             "Agreement with exact influence",
-            f"Row gradient · holdout gradient over the adapter. {shared}" if numbers["influence"] else
-            "Not computed: influence takes gradients over an adapter's parameters, and it is not among the scorers, or the run trains the whole model.",
+            f"Row gradient · holdout gradient over the adapter. {shared}"
+            if numbers["influence"]
+            else "Not computed: influence takes gradients over an adapter's parameters, and it is not among the scorers, or the run trains the whole model.",
             rows=numbers["influence"],
         ),
-        Section("Sensitivity of ICA", f"ICA as the config has it against ICA with another choice. {shared}", rows=numbers["sensitivity"]),
+        Section(
+            "Sensitivity of ICA",
+            f"ICA as the config has it against ICA with another choice. {shared}",
+            rows=numbers["sensitivity"],
+        ),
     ]
     if numbers["noise"]:
         text = "AUROC for a clean row against corrupted copies: 1 ranks every clean row above, 0.5 is chance, below it prefers the corrupted."

@@ -36,12 +36,18 @@ def corrupted(rows: list[Example], tokenizer: Any, rng: np.random.Generator) -> 
             other = int(rng.integers(len(rows) - 1)) if len(rows) > 1 else 0
             other += other >= i
             new = {
-                "another row's answer": lambda: rows[other].sequences[0].tokens[answers[other][0] : answers[other][1] - 1] if len(rows) > 1 else answer,
+                "another row's answer": lambda: (
+                    rows[other].sequences[0].tokens[answers[other][0] : answers[other][1] - 1] if len(rows) > 1 else answer
+                ),
                 "words shuffled": lambda: rng.permutation(answer),
                 "steps dropped": lambda: answer[3 * len(answer) // 4 :],
                 "altered numbers": lambda: np.array([_other_number(token, digits, rng) for token in answer.tolist()], np.int64),
             }[kind]()
-            copies.append(None if np.array_equal(new, answer) else Example((_with_answer(sequence, start, stop, new),), row.kind, row.desirable))
+            copies.append(
+                None
+                if np.array_equal(new, answer)
+                else Example((_with_answer(sequence, start, stop, new),), row.kind, row.desirable)
+            )
         found[kind] = copies
     return found
 

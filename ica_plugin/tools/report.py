@@ -31,7 +31,9 @@ def write_report(output_dir: Path, out: Path | None = None) -> Path:
     """
     folder = output_dir / "ica"
     if not (folder / "run.json").is_file():
-        raise ICAError(f"no run of ica_plugin there (looked for {folder / 'run.json'}). Give the `output_dir` of a run with an `ica:` block.")
+        raise ICAError(
+            f"no run of ica_plugin there (looked for {folder / 'run.json'}). Give the `output_dir` of a run with an `ica:` block."
+        )
     if not (folder / "scores.parquet").is_file():
         raise ICAError("the run trained with given weights and scored nothing, so there is nothing to report.")
     run = json.loads((folder / "run.json").read_text())
@@ -61,10 +63,15 @@ def report_numbers(table: dict[str, list], run: dict[str, Any]) -> dict[str, Any
         finite = score[np.isfinite(score)]
         refreshes.append(
             {
-                "refresh": int(refresh), "step": int(columns["step"][here][0]), "rows": int(here.sum()),
-                "score mean": float(finite.mean()) if len(finite) else None, "score std": float(finite.std()) if len(finite) else None,
+                "refresh": int(refresh),
+                "step": int(columns["step"][here][0]),
+                "rows": int(here.sum()),
+                "score mean": float(finite.mean()) if len(finite) else None,
+                "score std": float(finite.std()) if len(finite) else None,
                 "effective sample size": float(weight.sum() ** 2 / max((weight**2).sum(), 1e-12) / len(weight)),
-                "weight min": float(weight.min()), "weight max": float(weight.max()), "share of weight 0": float((weight == 0).mean()),
+                "weight min": float(weight.min()),
+                "weight max": float(weight.max()),
+                "share of weight 0": float((weight == 0).mean()),
                 **{f"weight q{int(100 * q)}": float(np.quantile(weight, q)) for q in QUANTILES},
             }
         )
@@ -73,8 +80,12 @@ def report_numbers(table: dict[str, list], run: dict[str, Any]) -> dict[str, Any
     first, last = order[np.insert(row[1:] != row[:-1], 0, True)], order[np.append(row[1:] != row[:-1], True)]
     rows = [
         {
-            "row": int(columns["row"][b]), "weight": float(columns["weight"][b]), "first weight": float(columns["weight"][a]),
-            "change": float(columns["weight"][b] - columns["weight"][a]), "score": float(columns["score"][b]), "tokens": int(columns["tokens"][b]),
+            "row": int(columns["row"][b]),
+            "weight": float(columns["weight"][b]),
+            "first weight": float(columns["weight"][a]),
+            "change": float(columns["weight"][b] - columns["weight"][a]),
+            "score": float(columns["score"][b]),
+            "tokens": int(columns["tokens"][b]),
         }
         for a, b in zip(first, last, strict=True)
         if columns["tokens"][b] > 0
@@ -84,9 +95,16 @@ def report_numbers(table: dict[str, list], run: dict[str, Any]) -> dict[str, Any
     seconds, training = float(run["scoring_seconds"]), float(run["training_seconds"])
     return {
         "run": {
-            "rows": run["rows"], "holdout rows": run["holdout_rows"], "rows also in the holdout": run["rows_in_holdout"], "steps": run["steps"],
-            "score": run["config"].get("score", "ica"), "weighting": run["config"].get("weighting"), "refreshes": run["refreshes"],
-            "scored rows": run["scored_rows"], "scoring seconds": seconds, "training seconds": training,
+            "rows": run["rows"],
+            "holdout rows": run["holdout_rows"],
+            "rows also in the holdout": run["rows_in_holdout"],
+            "steps": run["steps"],
+            "score": run["config"].get("score", "ica"),
+            "weighting": run["config"].get("weighting"),
+            "refreshes": run["refreshes"],
+            "scored rows": run["scored_rows"],
+            "scoring seconds": seconds,
+            "training seconds": training,
             "overhead": seconds / training if training else None,
         },
         "refreshes": refreshes,
@@ -105,7 +123,9 @@ def _sections(numbers: dict[str, Any]) -> list[Section]:
 
     def over_time(axes: Any) -> None:
         for q in QUANTILES:
-            axes.plot(steps, [r[f"weight q{int(100 * q)}"] for r in refreshes], marker="o", markersize=3, label=f"{q:.0%} quantile")
+            axes.plot(
+                steps, [r[f"weight q{int(100 * q)}"] for r in refreshes], marker="o", markersize=3, label=f"{q:.0%} quantile"
+            )
         axes.set(xlabel="optimizer step", ylabel="weight")
         axes.legend(frameon=False, fontsize=8)
 
@@ -118,12 +138,22 @@ def _sections(numbers: dict[str, Any]) -> list[Section]:
         axes.set(xlabel="last score", ylabel="last weight")
 
     sections = [
-        Section("The run", "Overhead is scoring seconds over training seconds.", rows=[{"": k, "value": v} for k, v in numbers["run"].items()]),
+        Section(
+            "The run",
+            "Overhead is scoring seconds over training seconds.",
+            rows=[{"": k, "value": v} for k, v in numbers["run"].items()],
+        ),
         Section("Weights over time", "Quantiles of the weights given at each refresh; 1 is no weighting.", picture(over_time)),
-        Section("Effective sample size", "(Σw)² / Σw² as a share of the rows: 100 % when all weights are equal.", picture(sample_size)),
+        Section(
+            "Effective sample size", "(Σw)² / Σw² as a share of the rows: 100 % when all weights are equal.", picture(sample_size)
+        ),
         Section("Scores and weights", picture=picture(distribution)),
         Section("Refreshes", rows=refreshes),
-        Section("Who counts most", "Rows by their last weight; `row` is the index into the trainer's train rows.", rows=numbers["highest"]),
+        Section(
+            "Who counts most",
+            "Rows by their last weight; `row` is the index into the trainer's train rows.",
+            rows=numbers["highest"],
+        ),
         Section("Who counts least", rows=numbers["lowest"]),
     ]
     if numbers["gained"] or numbers["lost"]:

@@ -57,7 +57,9 @@ def _last_scores(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
         raise ICAError(f"not a readable parquet file: {error}") from None
     missing = {"row", "refresh", "score"} - set(table.column_names)
     if missing:
-        raise ICAError(f"no column {', '.join(sorted(missing))}; give a file of `ica-plugin score` or a run's ica/scores.parquet.")
+        raise ICAError(
+            f"no column {', '.join(sorted(missing))}; give a file of `ica-plugin score` or a run's ica/scores.parquet."
+        )
     row, refresh = table["row"].to_numpy(), table["refresh"].to_numpy()
     order = np.lexsort((refresh, row))
     last = order[np.append(row[order][1:] != row[order][:-1], True)]

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
+
+import tiny
 
 SFT = {"type": "chat_template", "field_messages": "messages"}
 PAIR = {"type": "chat_template.default", "field_messages": "messages"}
 
 
-def write_config(folder: Path, model: Path, kind: str, rows: list[dict], holdout: list[dict], ica: dict | None, **settings) -> Path:
+def write_config(
+    folder: Path, model: Path, kind: str, rows: list[dict], holdout: list[dict], ica: dict | None, **settings
+) -> Path:
     """Write data and an Axolotl config. `kind`: sft, dpo, ipo, simpo, orpo or kto."""
     folder.mkdir(parents=True, exist_ok=True)
     tiny.write_jsonl(folder / "train.jsonl", rows)
@@ -24,11 +27,27 @@ def write_config(folder: Path, model: Path, kind: str, rows: list[dict], holdout
     if kind == "kto":
         data = {"path": str(folder / "train.jsonl"), "type": "chatml.argilla"}
     config = {
-        "base_model": str(model), "sequence_len": 256, "micro_batch_size": 2, "gradient_accumulation_steps": 1,
-        "num_epochs": 1, "learning_rate": 0.01, "optimizer": "adamw_torch", "lr_scheduler": "constant", "seed": 7,
-        "bf16": False, "attn_implementation": "sdpa", "save_strategy": "no", "logging_steps": 1, "val_set_size": 0,
-        "dataset_num_proc": 1 if settings.get("sample_packing") else 0, "dataset_prepared_path": str(folder / "prepared"), "output_dir": str(folder / "out"),
-        "datasets": [data], "lora_qkv_kernel": False, "lora_o_kernel": False, "lora_mlp_kernel": False,
+        "base_model": str(model),
+        "sequence_len": 256,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "num_epochs": 1,
+        "learning_rate": 0.01,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "constant",
+        "seed": 7,
+        "bf16": False,
+        "attn_implementation": "sdpa",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "val_set_size": 0,
+        "dataset_num_proc": 1 if settings.get("sample_packing") else 0,
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(folder / "out"),
+        "datasets": [data],
+        "lora_qkv_kernel": False,
+        "lora_o_kernel": False,
+        "lora_mlp_kernel": False,
     }
     if kind != "sft":
         config["rl"] = kind
@@ -83,7 +102,10 @@ class Maker:
         self.built += 1
         block = ica(len(self.rows)) if callable(ica) else ica
         settings = {
-            **self.settings, **more, "micro_batch_size": micro_batch, "gradient_accumulation_steps": accumulation,
+            **self.settings,
+            **more,
+            "micro_batch_size": micro_batch,
+            "gradient_accumulation_steps": accumulation,
             "max_steps": max_steps,
         }
         return build(

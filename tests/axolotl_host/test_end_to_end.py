@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import torch
 import yaml
+from safetensors.torch import load_file
+
+import tiny
 from harness import write_config
 from processes import run
-from safetensors.torch import load_file
 
 pytestmark = pytest.mark.host
 EXAMPLES = Path(__file__).parents[2] / "example_configs" / "axolotl"
@@ -66,17 +67,26 @@ def check_outputs(config: Path, done: subprocess.CompletedProcess, rows: int, re
 def test_train(tmp_path, tiny_model, kind, settings):
     rows = tiny.sft_rows(24, turns=2) if kind == "sft" else tiny.pair_rows(16)
     holdout = tiny.sft_rows(6, seed=9) if kind == "sft" else tiny.pair_rows(6, seed=9)
-    config = write_config(
-        tmp_path, tiny_model, kind, rows, holdout, {"refresh_interval": "epoch"}, num_epochs=2, **settings
-    )
+    config = write_config(tmp_path, tiny_model, kind, rows, holdout, {"refresh_interval": "epoch"}, num_epochs=2, **settings)
     check_outputs(config, train(config), len(rows), refreshes=2, by_token=kind == "sft")
 
 
 def test_qlora_in_4_bit(tmp_path, model_for_4_bit):
     rows = tiny.sft_rows(16, turns=2)
     config = write_config(
-        tmp_path, model_for_4_bit, "sft", rows, tiny.sft_rows(6, seed=9), {}, adapter="qlora", load_in_4bit=True, lora_r=4,
-        lora_alpha=8, lora_target_modules=["q_proj", "v_proj", "down_proj"], micro_batch_size=1, gradient_checkpointing=True,
+        tmp_path,
+        model_for_4_bit,
+        "sft",
+        rows,
+        tiny.sft_rows(6, seed=9),
+        {},
+        adapter="qlora",
+        load_in_4bit=True,
+        lora_r=4,
+        lora_alpha=8,
+        lora_target_modules=["q_proj", "v_proj", "down_proj"],
+        micro_batch_size=1,
+        gradient_checkpointing=True,
     )
     check_outputs(config, train(config), len(rows), refreshes=1, by_token=True)
 
@@ -88,11 +98,22 @@ def test_qlora_in_4_bit(tmp_path, model_for_4_bit):
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_two_processes_train_as_one(tmp_path, tiny_model, kind):
     """Global batch 4, 20 rows, 10 updates, refreshed every 4: 2 rows on each of two ranks, or two micro-batches on one."""
-    rows, holdout = (make(20 - 14 * i, seed=9 * i) for i, make in enumerate([tiny.sft_rows if kind == "sft" else tiny.pair_rows] * 2))
+    rows, holdout = (
+        make(20 - 14 * i, seed=9 * i) for i, make in enumerate([tiny.sft_rows if kind == "sft" else tiny.pair_rows] * 2)
+    )
     configs = {
         processes: write_config(
-            tmp_path / str(processes), tiny_model, kind, rows, holdout, {"refresh_interval": 4}, shuffle_merged_datasets=False,
-            gradient_accumulation_steps=3 - processes, num_epochs=2, optimizer="sgd", learning_rate=0.1,
+            tmp_path / str(processes),
+            tiny_model,
+            kind,
+            rows,
+            holdout,
+            {"refresh_interval": 4},
+            shuffle_merged_datasets=False,
+            gradient_accumulation_steps=3 - processes,
+            num_epochs=2,
+            optimizer="sgd",
+            learning_rate=0.1,
             max_memory={"cpu": "8GiB"},  # several processes without a GPU: Axolotl would place the model on one
         )
         for processes in (1, 2)
@@ -133,9 +154,20 @@ def test_example_configs(tmp_path, model_for_4_bit, example):
     else:
         config["ica"]["holdout"] = str(tmp_path / "holdout.jsonl")
     config.update(
-        output_dir=str(tmp_path / "out"), dataset_prepared_path=str(tmp_path / "prepared"), sequence_len=256, num_epochs=1,
-        bf16=False, attn_implementation="sdpa", optimizer="adamw_torch", lora_qkv_kernel=False, lora_o_kernel=False,
-        lora_mlp_kernel=False, tf32=False, wandb_project=None, gradient_accumulation_steps=1, val_set_size=0,
+        output_dir=str(tmp_path / "out"),
+        dataset_prepared_path=str(tmp_path / "prepared"),
+        sequence_len=256,
+        num_epochs=1,
+        bf16=False,
+        attn_implementation="sdpa",
+        optimizer="adamw_torch",
+        lora_qkv_kernel=False,
+        lora_o_kernel=False,
+        lora_mlp_kernel=False,
+        tf32=False,
+        wandb_project=None,
+        gradient_accumulation_steps=1,
+        val_set_size=0,
     )
     path = tmp_path / "config.yml"
     path.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))

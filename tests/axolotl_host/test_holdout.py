@@ -5,6 +5,7 @@ import random
 
 import datasets
 import pytest
+
 import tiny
 from harness import load_config, write_config
 from ica_plugin.hosts.axolotl import config_of, load_holdout

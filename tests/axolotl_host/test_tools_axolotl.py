@@ -3,14 +3,15 @@
 import json
 
 import numpy as np
-import processes
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import yaml
+from typer.testing import CliRunner
+
+import processes
+import tiny
 from harness import write_config
 from ica_plugin.cli import app
-from typer.testing import CliRunner
 
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]}
 
@@ -54,7 +55,9 @@ def test_score_then_select(tmp_path, tiny_model):
 
 
 def test_score_pairs_and_a_full_finetune(tmp_path, tiny_model):
-    config = write_config(tmp_path, tiny_model, "dpo", tiny.pair_rows(8, seed=1), tiny.pair_rows(5, seed=9), {"k": 2, "score": "likelihood"})
+    config = write_config(
+        tmp_path, tiny_model, "dpo", tiny.pair_rows(8, seed=1), tiny.pair_rows(5, seed=9), {"k": 2, "score": "likelihood"}
+    )
     run("score", config, "--out", tmp_path / "a.parquet")
     assert np.isfinite(pq.read_table(tmp_path / "a.parquet")["score"].to_numpy()).all()
     result = CliRunner().invoke(app, ["score", str(config), "--score", "influence"])

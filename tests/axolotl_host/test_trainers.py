@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
+
+import tiny
 from checks import (
     callback_of,
     check_accumulation,
@@ -24,7 +25,10 @@ ROWS = {
     "orpo": lambda: tiny.argilla_rows(8, equal=True),
 }
 LORA = {
-    "adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0,
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
     "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"],
 }
 
@@ -154,7 +158,9 @@ def test_scores_and_weights_stay_with_their_rows(maker):
     rows = tiny.sft_rows(12, turns=2)
     straight = check_weights_stay_with_rows(maker("sft", rows, shuffle_merged_datasets=False)(ica={}))
     shuffled = check_weights_stay_with_rows(maker("sft", rows[::-1], shuffle_merged_datasets=True)(ica={}))
-    packed = check_weights_stay_with_rows(maker("sft", rows, sample_packing=True, num_epochs=2)(ica={"refresh_interval": "never"}))
+    packed = check_weights_stay_with_rows(
+        maker("sft", rows, sample_packing=True, num_epochs=2)(ica={"refresh_interval": "never"})
+    )
     assert straight.keys() == shuffled.keys() == packed.keys() and len(straight) == 12
     for content, (score, weight) in straight.items():
         for other in (shuffled, packed):
@@ -183,9 +189,7 @@ def test_weights_come_from_the_scores_in_the_file(maker):
 
     callback = callback_of(trainer)
     table = pq.read_table(callback.files.folder / "scores.parquet").to_pandas()
-    expected = weights_from_scores(
-        table.score.to_numpy(), callback.config, tokens=table.tokens.to_numpy(), by_token=True
-    ).values
+    expected = weights_from_scores(table.score.to_numpy(), callback.config, tokens=table.tokens.to_numpy(), by_token=True).values
     assert np.allclose(table.weight, expected, rtol=1e-5)
     assert (table.weight * table.tokens).sum() / table.tokens.sum() == pytest.approx(1, abs=1e-5)
 

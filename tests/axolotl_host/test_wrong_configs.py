@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 import tiny
 from harness import build, load_config, write_config
 from ica_plugin.hosts.axolotl import ICAPlugin
@@ -12,7 +13,15 @@ from ica_plugin.hosts.axolotl import ICAPlugin
 def config(tmp_path, tiny_model):
     def write(kind="sft", ica=None, holdout=None, rows=None, **settings):
         make = tiny.sft_rows if kind == "sft" else tiny.pair_rows
-        return write_config(tmp_path, tiny_model, kind, rows or make(6), holdout if holdout is not None else make(4, seed=3), ica or {}, **settings)
+        return write_config(
+            tmp_path,
+            tiny_model,
+            kind,
+            rows or make(6),
+            holdout if holdout is not None else make(4, seed=3),
+            ica or {},
+            **settings,
+        )
 
     return write
 
@@ -57,7 +66,9 @@ def test_empty_holdout(config, tmp_path):
 
 def test_holdout_without_supervised_tokens(config):
     silent = [{"messages": [{"role": "user", "content": "red green"}]}] * 3
-    assert "no rows with a supervised token" in message_of(config(holdout=silent)) or "none of its 3 rows has a supervised token" in message_of(config(holdout=silent))
+    assert "no rows with a supervised token" in message_of(
+        config(holdout=silent)
+    ) or "none of its 3 rows has a supervised token" in message_of(config(holdout=silent))
 
 
 def test_holdout_row_over_the_context(config):
@@ -94,6 +105,7 @@ def test_unsupported_training(config):
 
 def message_of_refusal(settings) -> str:
     from axolotl.utils.dict import DictDefault
+
     from ica_plugin.hosts.axolotl import refuse_unsupported
 
     with pytest.raises(ValueError) as error:
@@ -139,8 +151,9 @@ def test_the_schema_has_the_block(config):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_validate_checks_a_config_without_the_model(config, kind):
-    from ica_plugin.cli import app
     from typer.testing import CliRunner
+
+    from ica_plugin.cli import app
 
     path = config(kind=kind)
     load_config(path)  # a fresh plugin registry

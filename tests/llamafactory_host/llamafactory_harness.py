@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llamafactory.train import tuner
+from transformers import Trainer
+
 import tiny
 from ica_plugin.config import parse_config
 from ica_plugin.hosts.llamafactory import attach
-from llamafactory.train import tuner
-from transformers import Trainer
 
 TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
 LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target": "all"}
@@ -52,12 +53,29 @@ def write_data(folder: Path, kind: str, rows: list[dict], holdout: list[dict]) -
 def run_args(folder: Path, model: Path, kind: str, **settings: Any) -> dict[str, Any]:
     """A LLaMA-Factory config. `kind`: sft, kto, or a `pref_loss`."""
     args = {
-        "model_name_or_path": str(model), "stage": kind if kind in ("sft", "kto") else "dpo", "do_train": True,
-        "finetuning_type": "full", "dataset": "train", "dataset_dir": str(folder), "template": "chatml", "cutoff_len": 256,
-        "output_dir": str(folder / "out"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
-        "learning_rate": 0.01, "lr_scheduler_type": "constant", "num_train_epochs": 1, "logging_steps": 1, "save_strategy": "no",
-        "report_to": "none", "use_cpu": True, "seed": 7, "pref_beta": 0.5, "overwrite_cache": True,
-        "overwrite_output_dir": True, "disable_gradient_checkpointing": True,
+        "model_name_or_path": str(model),
+        "stage": kind if kind in ("sft", "kto") else "dpo",
+        "do_train": True,
+        "finetuning_type": "full",
+        "dataset": "train",
+        "dataset_dir": str(folder),
+        "template": "chatml",
+        "cutoff_len": 256,
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "seed": 7,
+        "pref_beta": 0.5,
+        "overwrite_cache": True,
+        "overwrite_output_dir": True,
+        "disable_gradient_checkpointing": True,
     }
     if args["stage"] == "dpo":
         args["pref_loss"] = kind
@@ -93,7 +111,9 @@ def build(args: dict[str, Any]) -> Trainer:
 class Maker:
     """`make_trainer` of tests/checks.py for one kind of LLaMA-Factory run."""
 
-    def __init__(self, folder: Path, model: Path, kind: str, rows: list[dict], holdout: list[dict] | None = None, **settings: Any):
+    def __init__(
+        self, folder: Path, model: Path, kind: str, rows: list[dict], holdout: list[dict] | None = None, **settings: Any
+    ):
         self.folder, self.model, self.kind, self.rows, self.settings = folder, model, kind, rows, settings
         self.holdout = holdout or ROWS.get(kind, tiny.pair_rows)(6, seed=99)
         self.built = 0
@@ -103,7 +123,10 @@ class Maker:
         folder = self.folder / str(self.built)
         write_data(folder, self.kind, self.rows, self.holdout)
         settings = {
-            **self.settings, **more, "per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation,
+            **self.settings,
+            **more,
+            "per_device_train_batch_size": micro_batch,
+            "gradient_accumulation_steps": accumulation,
             "max_steps": max_steps,
         }
         trainer = build(run_args(folder, self.model, self.kind, **settings))

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import yaml
+from safetensors.torch import load_file
+
+import tiny
 from checks import callback_of
 from llamafactory_harness import ROWS, Maker, dataset_entry, run_args, write_data
 from processes import run
-from safetensors.torch import load_file
 
 pytestmark = pytest.mark.host
 EXAMPLES = Path(__file__).parents[2] / "example_configs" / "llamafactory"
@@ -50,9 +51,17 @@ def test_example_configs(tmp_path, model_for_4_bit, example):
     write_data(tmp_path, kind, make(24), make(6, seed=5))
     info = {config["dataset"]: dataset_entry(kind, "train.jsonl"), config["ica"]["holdout"]: dataset_entry(kind, "holdout.jsonl")}
     overrides = {
-        "model_name_or_path": model_for_4_bit, "dataset_dir": tmp_path, "output_dir": tmp_path / "out", "template": "chatml",
-        "cutoff_len": 128, "bf16": "false", "use_cpu": "true", "flash_attn": "sdpa", "gradient_accumulation_steps": 1,
-        "num_train_epochs": 1, "ica.k": 2,
+        "model_name_or_path": model_for_4_bit,
+        "dataset_dir": tmp_path,
+        "output_dir": tmp_path / "out",
+        "template": "chatml",
+        "cutoff_len": 128,
+        "bf16": "false",
+        "use_cpu": "true",
+        "flash_attn": "sdpa",
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 1,
+        "ica.k": 2,
     }
     if config["ica"]["holdout"].endswith(".jsonl"):
         info.popitem()
@@ -88,8 +97,17 @@ def test_two_processes_started_by_the_launcher_score_as_one(tmp_path, tiny_model
 def test_torchrun_on_the_module(tmp_path, tiny_model):
     config = write_config(tmp_path, tiny_model, "sigmoid", tiny.pair_rows(8), {"holdout": "good"}, max_steps=1)
     command(
-        "torchrun", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m",
-        "ica_plugin.hosts.llamafactory", "train", str(config),
+        "torchrun",
+        "--nproc_per_node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        "-m",
+        "ica_plugin.hosts.llamafactory",
+        "train",
+        str(config),
     )
     assert sorted(scores(tmp_path / "out")) == list(range(8))
 

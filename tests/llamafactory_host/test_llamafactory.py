@@ -1,6 +1,7 @@
 """LLaMA-Factory's own trainer classes, in this process."""
 
 import pytest
+
 import tiny
 from checks import (
     callback_of,
@@ -57,9 +58,7 @@ def test_gradients_of_plain_packing(make, tmp_path):
 
 def test_gradients_of_kto(make, tmp_path):
     def fields(batch):
-        rows, kl = (
-            (batch[f"{p}input_ids"], batch[f"{p}attention_mask"], batch[f"{p}labels"] != -100) for p in ("", "kl_")
-        )
+        rows, kl = ((batch[f"{p}input_ids"], batch[f"{p}attention_mask"], batch[f"{p}labels"] != -100) for p in ("", "kl_"))
         return rows, kl, batch["kto_tags"]
 
     check_kto_gradients(make("kto", kto_rows(8)), tmp_path, fields)

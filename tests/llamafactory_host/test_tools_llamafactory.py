@@ -2,11 +2,12 @@
 
 import numpy as np
 import pyarrow.parquet as pq
-import tiny
 import yaml
+from typer.testing import CliRunner
+
+import tiny
 from ica_plugin.cli import app
 from llamafactory_harness import LORA, run_args, write_data
-from typer.testing import CliRunner
 
 
 def test_score(tmp_path, tiny_model):

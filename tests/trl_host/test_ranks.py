@@ -10,9 +10,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from checks import callback_of, parameters
 from processes import torchrun
-from safetensors.torch import load_file, save_file
 
 
 def launch(folder: Path, processes: int, kind: str, rows: int, refresh: str, failing: int = -1) -> subprocess.CompletedProcess:
@@ -31,7 +32,9 @@ def test_two_processes_train_as_one(tmp_path, kind):
         done = launch(tmp_path / str(processes), processes, kind, 20, "3")
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (scores(tmp_path / str(n)) for n in (1, 2))
-    assert [(line["refresh"], line["step"], line["row"]) for line in one] == [(line["refresh"], line["step"], line["row"]) for line in two]
+    assert [(line["refresh"], line["step"], line["row"]) for line in one] == [
+        (line["refresh"], line["step"], line["row"]) for line in two
+    ]
     for a, b in zip(one, two, strict=True):
         assert a["score"] == pytest.approx(b["score"], abs=1e-4) and a["weight"] == pytest.approx(b["weight"], abs=1e-4)
         assert a["demos"] == b["demos"]
@@ -69,12 +72,14 @@ def main(folder: Path, kind: str, rows: int, refresh: str, failing: int, process
 
     make = trl_harness.sft_rows if kind == "sft" else trl_harness.pair_rows
     trainer = trl_harness.Maker(folder, kind, make(rows), optim="sgd", learning_rate=0.1, output_dir=str(folder / "out"))(
-        ica={"k": 2, "refresh_interval": refresh if refresh == "never" else int(refresh)}, accumulation=3 - min(processes, 2),
+        ica={"k": 2, "refresh_interval": refresh if refresh == "never" else int(refresh)},
+        accumulation=3 - min(processes, 2),
         num_train_epochs=2,
     )
     callback = callback_of(trainer)
     rank = trainer.accelerator.process_index
     if rank == failing:
+
         def broken(*args):
             raise ValueError("broken on this rank")
 

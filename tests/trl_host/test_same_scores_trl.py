@@ -1,7 +1,8 @@
-import same_scores
 import trl
-from checks import callback_of
 from packaging.version import Version
+
+import same_scores
+from checks import callback_of
 from trl_harness import Maker
 
 
@@ -10,7 +11,10 @@ def conversations(rows):
 
 
 def tokenised(rows):
-    return [{"input_ids": row["input_ids"], "completion_mask": [int(x != -100) for x in row["labels"]]} for row in map(same_scores.tokenised, rows)]
+    return [
+        {"input_ids": row["input_ids"], "completion_mask": [int(x != -100) for x in row["labels"]]}
+        for row in map(same_scores.tokenised, rows)
+    ]
 
 
 def test_scores_are_those_of_the_other_hosts(tmp_path):

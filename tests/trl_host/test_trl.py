@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import trl
+from datasets import Dataset
+from packaging.version import Version
+
+import tiny
 from checks import (
     callback_of,
     check_accumulation,
@@ -16,9 +19,7 @@ from checks import (
     check_weights_stay_with_rows,
     write_weights,
 )
-from datasets import Dataset
 from ica_plugin import ICAConfig, ICAError, attach
-from packaging.version import Version
 from trl_harness import Maker, kto_rows, pair_rows, sft_rows
 
 TRL_1 = Version(trl.__version__) >= Version("1.0")
@@ -76,7 +77,8 @@ def test_gradients_of_kto(make, tmp_path):
         else:
             rows, kl = (
                 (
-                    batch[prefix + "completion_input_ids"], batch[prefix + "completion_attention_mask"],
+                    batch[prefix + "completion_input_ids"],
+                    batch[prefix + "completion_attention_mask"],
                     batch[prefix + "completion_labels"] != -100,
                 )
                 for prefix in ("", "KL_")
@@ -113,7 +115,11 @@ def sequences_of(row):
     if "completion_labels" in row:
         return [(row["completion_input_ids"], [label != -100 for label in row["completion_labels"]])], row["label"]
     prompt = row.get("prompt_ids", row.get("prompt_input_ids"))
-    responses = [row[key] for key in ("chosen_ids", "rejected_ids", "chosen_input_ids", "rejected_input_ids", "completion_ids") if key in row]
+    responses = [
+        row[key]
+        for key in ("chosen_ids", "rejected_ids", "chosen_input_ids", "rejected_input_ids", "completion_ids")
+        if key in row
+    ]
     return [(prompt + r, [False] * len(prompt) + [True] * len(r)) for r in responses], row.get("label", True)
 
 
@@ -179,8 +185,13 @@ def test_weights_are_an_array_or_a_file_or_a_column(make, tmp_path):
     path = write_weights(tmp_path / "w.parquet", weights)
     maker = make("sft", [{**row, "quality": weight} for row, weight in zip(sft_rows(8), weights, strict=True)])
     for block, given in (
-        (None, torch.tensor(weights, requires_grad=True)), (None, np.array(weights)), (None, weights), (None, path),
-        (None, "quality"), ({"weights": "quality"}, None), ({"weights": str(path)}, None),
+        (None, torch.tensor(weights, requires_grad=True)),
+        (None, np.array(weights)),
+        (None, weights),
+        (None, path),
+        (None, "quality"),
+        ({"weights": "quality"}, None),
+        ({"weights": str(path)}, None),
     ):
         trainer = maker(ica=None, max_steps=1)
         callback = attach(trainer, block, weights=given)

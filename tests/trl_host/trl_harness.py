@@ -7,10 +7,11 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import ica_plugin
-import tiny
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+import ica_plugin
+import tiny
 
 TRAINERS = {"sft": "SFT", "dpo": "DPO", "ipo": "DPO", "hinge": "DPO", "simpo": "CPO", "orpo": "ORPO", "kto": "KTO"}
 
@@ -85,10 +86,23 @@ class Maker:
     def __call__(self, *, ica: Any, micro_batch: int = 2, accumulation: int = 1, max_steps: int = -1, **more: Any) -> Trainer:
         self.built += 1
         arguments = {
-            "output_dir": str(self.folder / str(self.built)), "per_device_train_batch_size": micro_batch,
-            "gradient_accumulation_steps": accumulation, "max_steps": max_steps, "num_train_epochs": 1, "learning_rate": 0.01,
-            "lr_scheduler_type": "constant", "seed": 7, "bf16": False, "fp16": False, "use_cpu": True, "save_strategy": "no",
-            "logging_steps": 1, "report_to": "none", "gradient_checkpointing": False, **self.settings, **more,
+            "output_dir": str(self.folder / str(self.built)),
+            "per_device_train_batch_size": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": max_steps,
+            "num_train_epochs": 1,
+            "learning_rate": 0.01,
+            "lr_scheduler_type": "constant",
+            "seed": 7,
+            "bf16": False,
+            "fp16": False,
+            "use_cpu": True,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "report_to": "none",
+            "gradient_checkpointing": False,
+            **self.settings,
+            **more,
         }
         model = tiny.make_model()
         model.warnings_issued = {}  # as `from_pretrained` leaves it
@@ -109,7 +123,10 @@ class Maker:
 
             model = get_peft_model(model, LoraConfig(**self.lora))
         return Trainer(
-            model, TrainingArguments(**arguments), train_dataset=tokenise(self.rows), processing_class=tokenizer,
+            model,
+            TrainingArguments(**arguments),
+            train_dataset=tokenise(self.rows),
+            processing_class=tokenizer,
             data_collator=DataCollatorForSeq2Seq(tokenizer),
         )
 
@@ -136,5 +153,9 @@ class Maker:
             reference.warnings_issued = {}
             extra["ref_model"] = reference
         return trl_class(f"{family}Trainer")(
-            model, args=config(**arguments), train_dataset=Dataset.from_list(self.rows), processing_class=tiny.make_tokenizer(), **extra
+            model,
+            args=config(**arguments),
+            train_dataset=Dataset.from_list(self.rows),
+            processing_class=tiny.make_tokenizer(),
+            **extra,
         )
