@@ -33,6 +33,7 @@ from evidence_rows import Row, Rows, draw
 from ica_plugin import attach
 from ica_plugin.config import parse_config
 from ica_plugin.scoring import scores_for, total_score
+from ica_plugin.scoring.expression import parse_score, parts_of
 from ica_plugin.tools.audit import auroc
 from ica_plugin.weighting import weights_from_scores
 from scoring import machine_name
@@ -68,13 +69,12 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "scorers": ["ica", "likelihood", "one_shot", "lossdiff", "rds", "influence", "random"],
     },
 }
-# SimPO needs larger steps to move.
-EXPERIMENTS["simpo"] = EXPERIMENTS["preferences"] | {"learning_rate": 3e-3}
+# SimPO needs larger steps to move. Its rows are those of DPO, so the costly scorers are not tried again.
+EXPERIMENTS["simpo"] = EXPERIMENTS["preferences"] | {"learning_rate": 3e-3, "scorers": ["ica", "likelihood", "rds", "random"]}
 
 # Method → keys of the `ica:` block.
 METHODS: dict[str, dict[str, Any]] = {
     "ica": {"score": "ica"},
-    "ica, refreshed": {"score": "ica", "refresh_interval": 0.25},
     "ica, rank": {"score": "ica", "weighting": "rank"},
     "likelihood": {"score": "likelihood"},
     SUM: {"score": SUM},
@@ -84,6 +84,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"score": "random"},
 }
 SFT_METHODS = METHODS | {
+    "ica, refreshed": {"score": "ica", "refresh_interval": 0.25},
     f"{SUM}, refreshed": {"score": SUM, "refresh_interval": 0.25},
     f"{SUM}, temperature 0.5": {"score": SUM, "temperature": 0.5},
     f"{SUM}, best third alone": {"score": SUM, "weighting": "top", "keep": 1 / 3},
@@ -93,14 +94,16 @@ PAIR_METHODS = METHODS | {
     f"{SUM}, best two thirds alone": {"score": SUM, "weighting": "top", "keep": 2 / 3},
     "ica, best two thirds alone": {"score": "ica", "weighting": "top", "keep": 2 / 3},
     "lossdiff": {"score": "lossdiff"},
-    "ica-irm, refreshed": {"score": "ica-irm", "weighting": "top", "refresh_interval": 0.25},
-    "lossdiff-irm, refreshed": {"score": "lossdiff-irm", "weighting": "top", "refresh_interval": 0.25},
+    "ica, refreshed": {"score": "ica", "refresh_interval": 0.5},
+    "ica-irm, refreshed": {"score": "ica-irm", "weighting": "top", "refresh_interval": 0.5},
+    "lossdiff-irm, refreshed": {"score": "lossdiff-irm", "weighting": "top", "refresh_interval": 0.5},
 }
 BARE = ("no weighting", "oracle", "good rows alone", "holdout alone")
 # How demonstrations are found, for the default's sake: scores of the first seed's rows, no training.
 RETRIEVALS = ("bm25", "random")
 LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 HOLDOUT_ADAPTER = {"steps": 25, "learning_rate": 1e-3}
+HOLDOUT_ADAPTER_OF_PAIRS = HOLDOUT_ADAPTER | {"steps": 10}
 
 
 class Experiment:
@@ -177,7 +180,8 @@ class Experiment:
         )
 
     def block(self, keys: dict[str, Any]) -> dict[str, Any]:
-        return {"holdout_adapter": HOLDOUT_ADAPTER, "seed": self.seed, **keys}
+        adapter = HOLDOUT_ADAPTER_OF_PAIRS if self.pairs else HOLDOUT_ADAPTER
+        return {"holdout_adapter": adapter, "seed": self.seed, **keys}
 
     def score(self, holdout: list[Row], retrievals: tuple[str, ...] = ()) -> list[dict[str, Any]]:
         """Score the train rows by every scorer, each alone, before the first step; ICA also with other `retrievals`."""
@@ -218,9 +222,19 @@ class Experiment:
     def _mean_one(self, good: np.ndarray) -> np.ndarray:
         return good / np.average(good, weights=None if self.pairs else self.tokens)
 
+    @property
+    def methods(self) -> dict[str, dict[str, Any]]:
+        """Those that refresh, or whose scorers are the experiment's."""
+        known, scorers = PAIR_METHODS if self.pairs else SFT_METHODS, set(self.settings["scorers"])
+        return {
+            method: keys
+            for method, keys in known.items()
+            if "refresh_interval" in keys or scorers.issuperset(parts_of(parse_score(keys["score"])))
+        }
+
     def run(self, method: str) -> dict[str, Any]:
         """Train by a method, and measure on the test rows."""
-        keys = (PAIR_METHODS if self.pairs else SFT_METHODS).get(method)
+        keys = self.methods.get(method)
         weights = None
         if method == "oracle":
             weights = self._mean_one(self.kinds == self.rows.good)
@@ -329,8 +343,7 @@ def main() -> None:
     results |= {"machine": machine_name(), "threads": torch.get_num_threads(), **setup}
     for seed in args.seeds:
         experiment = Experiment(args.experiment, args, seed)
-        everything = PAIR_METHODS if experiment.pairs else SFT_METHODS
-        wanted = args.methods or ["no weighting", "oracle", "good rows alone", *everything, "holdout alone"]
+        wanted = args.methods or ["no weighting", "oracle", "good rows alone", *experiment.methods, "holdout alone"]
         done = {run["method"] for run in results["runs"] if run["seed"] == seed}
         if not [method for method in wanted if method not in done]:
             continue

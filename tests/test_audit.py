@@ -48,6 +48,11 @@ def test_numbers_and_page(callback, tmp_path):
         "one half of the holdout against the other",
     }
     assert all(0 <= line[name] <= 1 for line in numbers["noise"] for name in names)
+    kinds = [line["corruption"] for line in numbers["noise"]]
+    assert numbers["noise left out"] == {"altered numbers": 4} and "another row's answer" in kinds
+    rng, rows = np.random.default_rng(0), numbers["noise"][0]["rows"]
+    by_chance = [auroc(rng.normal(size=2 * rows), rows) for _ in range(3000)]
+    assert float(numbers["noise"][0]["chance"].removeprefix("0.5 ± ")) == pytest.approx(2 * np.std(by_chance), rel=0.05)
     assert numbers["best"][0]["score"] == ica.max() and numbers["worst"][0]["score"] == ica.min()
     assert (
         callback.trainer.processing_class.decode(callback.train[numbers["best"][0]["row"]].sequences[0].tokens)
@@ -56,6 +61,8 @@ def test_numbers_and_page(callback, tmp_path):
     write_page(tmp_path / "audit.html", "Audit", _sections(numbers), numbers)
     page = (tmp_path / "audit.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "<script" not in page
+    assert "0 ± 0.42 (two standard deviations) for the rank correlation of 24 rows" in page
+    assert "altered numbers, which only 4 of the planted rows allow" in page
     assert json.loads((tmp_path / "audit.json").read_text())["data"]["kind"] == "sft"
 
 

@@ -28,6 +28,7 @@ WITH_ADAPTER = ("influence",)
 # Scores between these two quantiles differ little, so agreement is read at the ends, which weights and filters act on.
 DECILE = 0.1
 SHOWN_ROWS = 5
+FEWEST_PLANTED = 5
 
 
 def write_audit(host: ModuleType, config: Path, out: Path, *, rows: int, planted: int, scorers: list[str] | None) -> Path:
@@ -62,7 +63,8 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
         `data` (counts), `scores` (one dict per scorer: mean, std, quantiles, seconds), `agreement` (one dict per pair of
         scorers: rank correlation, overlap of the best and of the worst tenth, chance is 0.1), `influence` (the same of each
         scorer with exact influence; empty for a full finetune), `sensitivity` (of ICA), `noise` (AUROC by kind of
-        corruption and scorer: 1 ranks every clean row above its corrupted copies, 0.5 is chance), `best` and `worst` rows
+        corruption and scorer: 1 ranks every clean row above its corrupted copies, 0.5 is chance; `noise left out` has the kinds
+        that fewer than 5 of the planted rows allow), `best` and `worst` rows
         by the block's own score, with their text, and `values` (the sample's scores by scorer).
     """
     seed = callback.config.seed
@@ -114,6 +116,7 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
             for i in index
         ]
 
+    noise, left_out = audit.noise(names, planted, rng)
     return {
         "data": {
             "train rows": len(callback.train),
@@ -132,7 +135,8 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
         if "influence" in names
         else [],
         "sensitivity": audit.sensitivity(columns.get("ica")),
-        "noise": audit.noise(names, planted, rng),
+        "noise": noise,
+        "noise left out": left_out,
         "best": texts(ranked[:SHOWN_ROWS]),
         "worst": texts(ranked[::-1][:SHOWN_ROWS]),
         "values": {name: column.tolist() for name, column in values.items()},
@@ -209,8 +213,9 @@ class _Audit:
             found.append({"ICA with": "one half of the holdout against the other", **_agreement(*halves)})
         return found
 
-    def noise(self, names: list[str], planted: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-        """AUROC of each scorer for clean rows against their corrupted copies, scored together."""
+    def noise(self, names: list[str], planted: int, rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """AUROC of each scorer for clean rows against their corrupted copies, scored together; and the kinds of corruption
+        that too few of the planted rows allow, with how many do."""
         callback = self.callback
         picked = sorted(rng.choice(len(self.sample), min(planted, len(self.sample)), replace=False).tolist())
         clean = [callback.train[self.sample[i]] for i in picked]
@@ -218,9 +223,10 @@ class _Audit:
         hidden = [callback.holdout.hidden_from[self.sample[i]] for i in picked]
         copies = corrupted(clean, callback.trainer.processing_class, rng)
         places = {kind: [i for i, row in enumerate(bad) if row is not None] for kind, bad in copies.items()}
-        places = {kind: here for kind, here in places.items() if len(here) >= 5}
+        left_out = {kind: len(here) for kind, here in places.items() if len(here) < FEWEST_PLANTED}
+        places = {kind: here for kind, here in places.items() if kind not in left_out}
         if not places:
-            return []
+            return [], left_out
         # The clean rows and all their copies at once: the clean ones are scored but once.
         origin = [*range(len(clean)), *(i for here in places.values() for i in here)]
         train: list[Example] = [*clean, *(copies[kind][i] for kind, here in places.items() for i in here)]
@@ -238,11 +244,13 @@ class _Audit:
         for kind, here in places.items():
             rows = [*here, *range(start, start + len(here))]
             part = {name: column[rows] for name, column in columns.items()}
+            chance = 2 * np.sqrt((2 * len(here) + 1) / 12) / len(here)
             result.append(
-                {"corruption": kind, "rows": len(here)} | {name: auroc(self.total(name, part), len(here)) for name in names}
+                {"corruption": kind, "rows": len(here), "chance": f"0.5 ± {chance:.2f}"}
+                | {name: auroc(self.total(name, part), len(here)) for name in names}
             )
             start += len(here)
-        return result
+        return result, left_out
 
 
 def _parts(names: list[str]) -> list[str]:
@@ -320,7 +328,11 @@ def _sections(numbers: dict[str, Any]) -> list[Section]:
         axes.set(ylabel="AUROC", ylim=(0, 1.02))
         axes.legend(frameon=False, fontsize=8, ncols=4)
 
-    shared = "Chance is 0.1 for the shared tenths and 0 for the rank correlation."
+    count = numbers["data"]["rows in the sample"]
+    shared = (
+        f"Chance is 0 ± {2 / np.sqrt(count - 1):.2f} (two standard deviations) for the rank correlation of {count} rows, and 0.1 for "
+        f"the shared tenths, which are {max(1, round(DECILE * count))} rows each."
+    )
     sections = [
         Section("The data", rows=[{"": name, "value": value} for name, value in numbers["data"].items()]),
         Section(
@@ -349,7 +361,10 @@ def _sections(numbers: dict[str, Any]) -> list[Section]:
         ),
     ]
     if numbers["noise"]:
-        text = "AUROC for a clean row against corrupted copies: 1 ranks every clean row above, 0.5 is chance, below it prefers the corrupted."
+        text = "AUROC for a clean row against corrupted copies: 1 ranks every clean row above, below chance it prefers the corrupted."
+        text += " Chance is given with two standard deviations."
+        for kind, found in numbers["noise left out"].items():
+            text += f" Left out: {kind}, which only {found} of the planted rows allow; plant more."
         sections.append(Section("Planted noise", text, picture(noise), numbers["noise"]))
     return [
         *sections,
