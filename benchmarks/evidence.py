@@ -39,6 +39,7 @@ from ica_plugin.weighting import weights_from_scores
 from scoring import machine_name
 
 SUM = "ica + likelihood"
+PER_TOKEN = "ica, per token"
 
 # Sizes and learning rates were chosen so that the oracle is ahead of no weighting, before any other method was run.
 EXPERIMENTS: dict[str, dict[str, Any]] = {
@@ -86,6 +87,7 @@ METHODS: dict[str, dict[str, Any]] = {
 SFT_METHODS = METHODS | {
     "ica, refreshed": {"score": "ica", "refresh_interval": 0.25},
     f"{SUM}, refreshed": {"score": SUM, "refresh_interval": 0.25},
+    f"{SUM}, rank": {"score": SUM, "weighting": "rank"},
     f"{SUM}, temperature 0.5": {"score": SUM, "temperature": 0.5},
     f"{SUM}, best third alone": {"score": SUM, "weighting": "top", "keep": 1 / 3},
     "rho": {"score": "rho"},
@@ -93,14 +95,16 @@ SFT_METHODS = METHODS | {
 PAIR_METHODS = METHODS | {
     f"{SUM}, best two thirds alone": {"score": SUM, "weighting": "top", "keep": 2 / 3},
     "ica, best two thirds alone": {"score": "ica", "weighting": "top", "keep": 2 / 3},
+    PER_TOKEN: {"score": "ica", "length_normalize": True},
+    f"{PER_TOKEN}, best two thirds alone": {"score": "ica", "length_normalize": True, "weighting": "top", "keep": 2 / 3},
     "lossdiff": {"score": "lossdiff"},
     "ica, refreshed": {"score": "ica", "refresh_interval": 0.5},
     "ica-irm, refreshed": {"score": "ica-irm", "weighting": "top", "refresh_interval": 0.5},
     "lossdiff-irm, refreshed": {"score": "lossdiff-irm", "weighting": "top", "refresh_interval": 0.5},
 }
 BARE = ("no weighting", "oracle", "good rows alone", "holdout alone")
-# How demonstrations are found, for the default's sake: scores of the first seed's rows, no training.
-RETRIEVALS = ("bm25", "random")
+# Other ways to ICA. How demonstrations are found: scores of the first seed's rows, no training. SimPO's is per token by itself.
+RETRIEVALS = {f"ica, retrieval {name}": {"score": "ica", "retrieval": name} for name in ("bm25", "random")}
 LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 HOLDOUT_ADAPTER = {"steps": 25, "learning_rate": 1e-3}
 HOLDOUT_ADAPTER_OF_PAIRS = HOLDOUT_ADAPTER | {"steps": 10}
@@ -183,28 +187,29 @@ class Experiment:
         adapter = HOLDOUT_ADAPTER_OF_PAIRS if self.pairs else HOLDOUT_ADAPTER
         return {"holdout_adapter": adapter, "seed": self.seed, **keys}
 
-    def score(self, holdout: list[Row], retrievals: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-        """Score the train rows by every scorer, each alone, before the first step; ICA also with other `retrievals`."""
+    def score(self, holdout: list[Row], scorers: set[str], variants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        """Score the train rows before the first step by each of the scorers that `scores` lacks; ICA also by `variants`."""
         lines = []
         callback = attach(self.trainer(), self.block({}), holdout=_dataset(holdout))
         assert self.pairs or np.array_equal(self.tokens, callback.tokens)
-        rows = list(range(len(callback.train)))
+        rows, host_normalizes = list(range(len(callback.train))), callback.length_normalize
         retrieved: dict[str, list[list[int]]] = {}
-        plans = [(name, "policy") for name in self.settings["scorers"]] + [("ica", retrieval) for retrieval in retrievals]
-        for name, retrieval in plans:
+        plans = {name: {"score": name} for name in self.settings["scorers"] if name in scorers} | variants
+        for label in [label for label in plans if label not in self.scores]:
             begin = time.monotonic()
-            callback.config = parse_config(self.block({"holdout": "rows", "score": name, "retrieval": retrieval}))
-            if callback.config.shows_demonstrations and retrieval not in retrieved:
-                retrieved[retrieval] = callback.find_demonstrations(rows)
-            context = callback.scoring_context(rows, retrieved.get(retrieval, [[] for _ in rows]))
-            scores = total_score(callback.config, scores_for(context))
-            label = name if retrieval == "policy" else f"{name}, retrieval {retrieval}"
-            self.scores[label] = scores
-            lines.append(self._described(label, scores, time.monotonic() - begin))
-        for label in ("ica", *(f"ica, retrieval {retrieval}" for retrieval in retrievals)):
+            config = callback.config = parse_config(self.block({"holdout": "rows", **plans[label]}))
+            callback.length_normalize = host_normalizes if config.length_normalize is None else config.length_normalize
+            if config.shows_demonstrations and config.retrieval not in retrieved:
+                retrieved[config.retrieval] = callback.find_demonstrations(rows)
+            context = callback.scoring_context(rows, retrieved.get(config.retrieval, [[] for _ in rows]))
+            self.scores[label] = total_score(config, scores_for(context))
+            lines.append(self._described(label, self.scores[label], time.monotonic() - begin))
+        for label in ("ica", *variants):
             columns = {"ica": self.scores[label], "likelihood": self.scores["likelihood"]}
-            both = total_score(parse_config({"holdout": "rows", "score": SUM}), columns)
-            lines.append(self._described(label.replace("ica", SUM), both, None))
+            both = label.replace("ica", SUM)
+            if both not in self.scores:
+                self.scores[both] = total_score(parse_config({"holdout": "rows", "score": SUM}), columns)
+                lines.append(self._described(both, self.scores[both], None))
         return lines
 
     def _described(self, label: str, scores: np.ndarray, seconds: float | None) -> dict[str, Any]:
@@ -229,7 +234,8 @@ class Experiment:
         return {
             method: keys
             for method, keys in known.items()
-            if "refresh_interval" in keys or scorers.issuperset(parts_of(parse_score(keys["score"])))
+            if ("refresh_interval" in keys or scorers.issuperset(parts_of(parse_score(keys["score"]))))
+            and ("length_normalize" not in keys or self.name == "preferences")
         }
 
     def run(self, method: str) -> dict[str, Any]:
@@ -240,8 +246,9 @@ class Experiment:
             weights = self._mean_one(self.kinds == self.rows.good)
         elif keys is not None and "refresh_interval" not in keys:
             config = parse_config(self.block({"holdout": "rows", **keys}))
+            columns = self.scores | ({"ica": self.scores[PER_TOKEN]} if config.length_normalize else {})
             weights = weights_from_scores(
-                total_score(config, self.scores), config, tokens=self.tokens, by_token=not self.pairs
+                total_score(config, columns), config, tokens=self.tokens, by_token=not self.pairs
             ).values
         alone = {"holdout alone": self.rows.holdout}.get(method)
         if method.endswith("alone") and alone is None:
@@ -290,7 +297,7 @@ def stability(one: Experiment, other: Experiment, results: dict[str, Any]) -> li
     """Rank correlation of the first seed's scores with those of the same rows against the other seed's holdout."""
     before = {line["scorer"]: line["values"] for line in results["scores"] if line["seed"] == one.seed}
     trained = {json.dumps(row["prompt"]) for row in one.rows.train}
-    again = one.score([row for row in other.rows.holdout if json.dumps(row["prompt"]) not in trained])
+    again = one.score([row for row in other.rows.holdout if json.dumps(row["prompt"]) not in trained], set(before), {})
     return [
         {"scorer": line["scorer"], "stability": float(spearmanr(before[line["scorer"]], line["values"]).statistic)}
         for line in again
@@ -351,12 +358,17 @@ def main() -> None:
             results["runs"].append({"seed": seed, "method": "before", **experiment.measure(experiment.trainer().model)})
         known = {line["scorer"]: line for line in results["scores"] if line["seed"] == seed}
         if not set(wanted) <= set(BARE):
-            if not known:
-                retrievals = RETRIEVALS if seed == args.seeds[0] and not experiment.pairs else ()
-                known = {line["scorer"]: line for line in experiment.score(experiment.rows.holdout, retrievals)}
-                results["scores"] += known.values()
-                _save(file, results)
             experiment.scores = {name: np.array(line["values"]) for name, line in known.items()}
+            variants = {}
+            if not experiment.pairs and seed == args.seeds[0]:
+                variants = RETRIEVALS
+            elif args.experiment == "preferences":
+                variants = {PER_TOKEN: PAIR_METHODS[PER_TOKEN]}
+            scorers = {"ica", "likelihood"}
+            for method in set(wanted) & set(experiment.methods):
+                scorers |= set(parts_of(parse_score(experiment.methods[method]["score"])))
+            results["scores"] += experiment.score(experiment.rows.holdout, scorers, variants)
+            _save(file, results)
         for method in wanted:
             if method not in done:
                 results["runs"].append(experiment.run(method))
