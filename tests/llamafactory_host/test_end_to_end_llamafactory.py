@@ -74,7 +74,7 @@ def test_example_configs(tmp_path, model_for_4_bit, example):
     assert all(np.isfinite(line["score"]) and len(line["demos"]) == 2 for line in lines)
     run = json.loads((tmp_path / "out" / "ica" / "run.json").read_text())
     assert run["rows"] == 24 and run["config"]["k"] == 2 and run["versions"]["llamafactory"]
-    assert run["length_normalize"] == (kind == "simpo")
+    assert run["length_normalize"] == (kind in ("simpo", "sigmoid"))
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
