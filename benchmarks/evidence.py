@@ -122,9 +122,8 @@ class Experiment:
     def __init__(self, name: str, args: argparse.Namespace, seed: int):
         self.name, self.args, self.seed, self.settings = name, args, seed, EXPERIMENTS[name]
         self.tokenizer = AutoTokenizer.from_pretrained(args.model)
-        self.tokenizer.pad_token = (
-            self.tokenizer.pad_token or self.tokenizer.eos_token
-        )  # CPOTrainer sets it after it made its collator
+        # CPOTrainer sets it too, but after it made its collator.
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         drawn = "preferences" if name == "simpo" else name
         sizes = {kind: count * (args.scale if kind != "test" else 1) for kind, count in self.settings["rows"].items()}
         self.rows: Rows = draw(drawn, Path(args.data), self._fits, seed, sizes)

@@ -25,22 +25,10 @@ from ica_plugin.scoring.memory import MAX_TOKENS, Budget, budget_for
 from ica_plugin.scoring.packed import PackedPath
 from ica_plugin.scoring.padded import PaddedPath
 from ica_plugin.scoring.trees import common_prefix, grow, split_into_trees
-from tiny import make_model
+from tiny import SIZES, make_model
 
 CPU = torch.device("cpu")
-TINY = dict(
-    vocab_size=512,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    bos_token_id=0,
-    eos_token_id=2,
-    pad_token_id=0,
-    initializer_range=0.3,
-)
+TINY = SIZES | {"max_position_embeddings": 512}
 
 
 def make(family: str, seed: int = 0, **settings):

@@ -38,24 +38,25 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+# Of every tiny random model, whatever its architecture.
+SIZES = dict(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    bos_token_id=0,
+    eos_token_id=2,
+    pad_token_id=0,
+    initializer_range=0.3,
+)
+
+
 def make_config(**overrides) -> LlamaConfig:
     """A two-layer Llama of width 32."""
-    settings = dict(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=0,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-    )
-    return LlamaConfig(**{**settings, **overrides})
+    settings = dict(max_position_embeddings=1024, tie_word_embeddings=False, attn_implementation="sdpa")
+    return LlamaConfig(**{**SIZES, **settings, **overrides})
 
 
 def make_model(seed: int = 0, **overrides):
