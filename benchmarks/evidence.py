@@ -77,6 +77,7 @@ EXPERIMENTS["simpo"] = EXPERIMENTS["preferences"] | {"learning_rate": 3e-3, "sco
 METHODS: dict[str, dict[str, Any]] = {
     "ica": {"score": "ica"},
     "ica, rank": {"score": "ica", "weighting": "rank"},
+    "ica, minmax": {"score": "ica", "weighting": "minmax"},
     "likelihood": {"score": "likelihood"},
     SUM: {"score": SUM},
     "one_shot": {"score": "one_shot"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -133,7 +132,7 @@ class Budgeted:
                 get_logger().info(
                     "ica.budget leaves time to look for demonstrations among %d of %d holdout rows.", len(kept), len(shown)
                 )
-                self.holdout = replace(self.holdout, shown=[shown[i] for i in kept])
+                self.holdout = self.holdout.part([shown[i] for i in kept])
             self.embed([prompts[i] for i in kept], engine.embeddings)
         tokens = np.array([row.supervised_tokens if row.can_be_scored else 0 for row in self._train])
         features = row_features(engine.input_embeddings, self._train)

@@ -233,25 +233,35 @@ class ICACallback(TrainerCallback):
                 raise ICAError(f"scoring failed on rank {rank}: {failure}")
         return [part for part, _ in gathered]
 
-    def find_demonstrations(self, rows: list[int]) -> list[list[int]]:
-        """Indices of the holdout rows that each train row is shown, by the policy as it is now."""
-        if not self.config.shows_demonstrations:
+    def find_demonstrations(
+        self, rows: list[int], config: ICAConfig | None = None, holdout: Holdout | None = None
+    ) -> list[list[int]]:
+        """Indices of the holdout rows that each train row is shown, k of each set, by the policy as it is now.
+
+        Args:
+            rows: indices of train rows.
+            config: with another choice of demonstrations than the run's.
+            holdout: to look among other rows than the run's.
+        """
+        config = config or self.config
+        if not config.shows_demonstrations:
             return [[] for _ in rows]
-        tokenizer = self.trainer.processing_class
-        embed, holdouts = self._get_engine().embeddings, [self.holdout.only(name) for name in self.holdout.sets]
+        tokenizer, embed = self.trainer.processing_class, self._get_engine().embeddings
         if self._budgeted is not None:
-            embed, holdouts = partial(self._budgeted.embed, embeddings=embed), [self._budgeted.holdout]
+            embed = partial(self._budgeted.embed, embeddings=embed)
+            holdout = holdout or self._budgeted.holdout
+        holdout = holdout or self.holdout
         demonstrations = [
             retrieve(
                 self.train,
-                holdout,
-                self.config,
+                holdout.only(name),
+                config,
                 rows=rows,
                 context=model_context(self.trainer.model),
                 embed=embed,
                 decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
             )
-            for holdout in holdouts
+            for name in holdout.sets
         ]
         return [sum(of_sets, []) for of_sets in zip(*demonstrations, strict=True)]
 

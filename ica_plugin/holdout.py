@@ -29,7 +29,13 @@ class Holdout:
 
     def only(self, name: str) -> Holdout:
         """The holdout with no other rows shown than those of one set."""
-        return replace(self, shown=self.sets[name])
+        return replace(self, shown=self.sets[name], sets={name: self.sets[name]})
+
+    def part(self, shown: list[int]) -> Holdout:
+        """The holdout with only these rows shown, in the same sets."""
+        wanted = set(shown)
+        sets = {name: [index for index in of_set if index in wanted] for name, of_set in self.sets.items()}
+        return replace(self, shown=shown, sets=sets)
 
     @property
     def rows_in_train(self) -> int:

@@ -12,24 +12,29 @@ import tiny
 from ica_plugin import attach
 from ica_plugin.errors import ICAError
 from ica_plugin.examples import Example, Sequence
+from ica_plugin.outputs import ScoreFile
 from ica_plugin.tools.audit import _agreement, _sections, audit_numbers, auroc
 from ica_plugin.tools.noise import corrupted
 from ica_plugin.tools.page import write_page
 from runs import tokenised
 
 
-@pytest.fixture(scope="module")
-def callback(tmp_path_factory):
+def make_callback(folder, block, holdout=None):
     tokenizer = tiny.make_tokenizer()
     model = get_peft_model(tiny.make_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     trainer = Trainer(
         model,
-        TrainingArguments(str(tmp_path_factory.mktemp("audit")), use_cpu=True, report_to="none"),
+        TrainingArguments(str(folder), use_cpu=True, report_to="none"),
         train_dataset=tokenised(30, 0),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
     )
-    return attach(trainer, {"k": 2}, holdout=tokenised(8, 9))
+    return attach(trainer, block, holdout=holdout)
+
+
+@pytest.fixture(scope="module")
+def callback(tmp_path_factory):
+    return make_callback(tmp_path_factory.mktemp("audit"), {"k": 2}, tokenised(8, 9))
 
 
 def test_numbers_and_page(callback, tmp_path):
@@ -76,6 +81,28 @@ def test_chosen_scorers_and_too_few_rows(callback):
             audit_numbers(callback, rows=20, planted=5)
     finally:
         callback.train = few
+
+
+def test_several_holdout_sets_are_scored_as_a_run_scores_them(tmp_path):
+    for name, seed in (("maths", 9), ("code", 10)):
+        tokenised(8, seed).save_to_disk(str(tmp_path / name))
+    sets = [{"name": name, "path": str(tmp_path / name)} for name in ("maths", "code")]
+    callback = make_callback(tmp_path / "run", {"k": 2, "score": "ica + likelihood", "holdout": sets})
+    numbers = audit_numbers(callback, rows=30, planted=10, scorers=["ica", "rho"])
+    callback.files = ScoreFile(tmp_path / "scores.parquet")
+    callback.refresh(list(range(30)), shared=False)
+    np.testing.assert_allclose(numbers["values"]["ica + likelihood"], callback.scores, rtol=1e-5)
+    assert all(0 <= line[name] <= 1 for line in numbers["noise"] for name in ("ica", "rho", "ica + likelihood"))
+    halves = numbers["sensitivity"][-1]
+    assert halves["ICA with"] == "one half of the holdout against the other" and halves["rank correlation"] < 0.999
+
+
+def test_page_without_any_corruption_says_so(callback, tmp_path):
+    numbers = audit_numbers(callback, rows=20, planted=4, scorers=["likelihood"])
+    assert numbers["noise"] == [] and numbers["noise left out"]
+    write_page(tmp_path / "audit.html", "Audit", _sections(numbers), numbers)
+    page = (tmp_path / "audit.html").read_text()
+    assert "Planted noise" in page and "another row&#39;s answer, which only" in page
 
 
 def test_agreement_andauroc():

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata, spearmanr
 
-from ..callback import ICACallback, model_context
-from ..config import ICAConfig
+from ..callback import ICACallback
 from ..errors import ICAError
 from ..examples import Example
 from ..holdout import Holdout
 from ..log import get_logger
-from ..retrieval import retrieve
-from ..scoring import ScoringContext, scores_for, total_score
+from ..scoring import ScoringContext, balanced_score, scores_for_sets
 from ..scoring.expression import parse_score, parts_of
 from .noise import corrupted
 from .page import Section, picture, write_page
@@ -80,7 +78,7 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
     for part in _parts(names):  # each by itself, to tell what it costs
         get_logger().info("audit: %d rows by %s.", len(sample), part)
         begin = time.monotonic()
-        columns[part] = audit.columns([part])[part]
+        columns |= audit.columns([part])
         seconds[part] = time.monotonic() - begin
     values, described = {}, []
     for name in names:
@@ -134,7 +132,7 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
         "influence": [{"scorer": n, **_agreement(values[n], values["influence"])} for n in names if n != "influence"]
         if "influence" in names
         else [],
-        "sensitivity": audit.sensitivity(columns.get("ica")),
+        "sensitivity": audit.sensitivity(audit.total("ica", columns) if "ica" in seconds else None),
         "noise": noise,
         "noise left out": left_out,
         "best": texts(ranked[:SHOWN_ROWS]),
@@ -148,67 +146,54 @@ class _Audit:
 
     def __init__(self, callback: ICACallback, sample: list[int]):
         self.callback, self.sample = callback, sample
-        self.engine = callback.scoring_context([], []).engine
-        self.demonstrations = self.retrieve(callback.config, callback.holdout)
+        self.demonstrations = self.demonstrations_with()
 
-    def retrieve(self, config: ICAConfig, holdout: Holdout) -> list[list[int]]:
-        callback = self.callback
-        tokenizer = callback.trainer.processing_class
-        return retrieve(
-            callback.train,
-            holdout,
-            config,
-            rows=self.sample,
-            context=model_context(callback.trainer.model),
-            embed=self.engine.embeddings,
-            decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
-        )
+    def demonstrations_with(self, holdout: Holdout | None = None, **keys: Any) -> list[list[int]]:
+        """The sample's demonstrations as a run would find them, whatever its score, or with other keys or holdout rows."""
+        config = self.callback.config.model_copy(update={"score": "ica", **keys})
+        return self.callback.find_demonstrations(self.sample, config, holdout)
 
     def columns(self, parts: list[str], context: ScoringContext | None = None) -> dict[str, np.ndarray]:
-        """Scores by scorer, of the sample or of a context's rows, computed together."""
+        """Scores by scorer and holdout set, of the sample or of a context's rows, computed together."""
         context = context or self.callback.scoring_context(self.sample, self.demonstrations)
-        return scores_for(
+        return scores_for_sets(
             dataclasses.replace(context, config=self.callback.config.model_copy(update={"score": " + ".join(parts)}))
         )
 
     def total(self, score: str, columns: dict[str, np.ndarray]) -> np.ndarray:
-        return total_score(self.callback.config.model_copy(update={"score": score}), columns)
+        return balanced_score(self.callback.config.model_copy(update={"score": score}), columns)
 
-    def ica(self, demonstrations: list[list[int]]) -> np.ndarray:
-        return self.columns(["ica"], self.callback.scoring_context(self.sample, demonstrations))["ica"]
+    def ica(self, demonstrations: list[list[int]] | None = None, **of_context: Any) -> np.ndarray:
+        """ICA of the sample with other demonstrations, or with other attributes of the scoring context."""
+        context = self.callback.scoring_context(self.sample, self.demonstrations if demonstrations is None else demonstrations)
+        return self.total("ica", self.columns(["ica"], dataclasses.replace(context, **of_context)))
 
     def sensitivity(self, own: np.ndarray | None) -> list[dict[str, Any]]:
         """ICA under other demonstrations, against ICA as the config has it (`own`, where it is known)."""
         get_logger().info("audit: ICA with other demonstrations.")
         config, holdout = self.callback.config, self.callback.holdout
-        own = self.ica(self.demonstrations) if own is None else own
+        own = self.ica() if own is None else own
         rng = np.random.default_rng(config.seed)
         found = [
-            {"ICA with": f"k = {k}", **_agreement(own, self.ica(self.retrieve(config.model_copy(update={"k": k}), holdout)))}
+            {"ICA with": f"k = {k}", **_agreement(own, self.ica(self.demonstrations_with(k=k)))}
             for k in sorted({1, 3, 5} - {config.k})
-            if k <= len(holdout.shown)
+            if k <= min(map(len, holdout.sets.values()))
         ]
         found.append({"ICA with": "the order turned round", **_agreement(own, self.ica([d[::-1] for d in self.demonstrations]))})
         if config.retrieval != "random":
-            at_random = self.retrieve(config.model_copy(update={"retrieval": "random"}), holdout)
-            found.append({"ICA with": "demonstrations at random", **_agreement(own, self.ica(at_random))})
-        context = self.callback.scoring_context(self.sample, self.demonstrations)
+            at_random = self.ica(self.demonstrations_with(retrieval="random"))
+            found.append({"ICA with": "demonstrations at random", **_agreement(own, at_random)})
         bare = [
             dataclasses.replace(row, sequences=(_answer(row), *row.sequences[1:])) if row.can_be_scored else row
             for row in holdout.examples
         ]
-        context.holdout = dataclasses.replace(holdout, examples=bare)
-        found.append(
-            {
-                "ICA with": "another template: answers alone, without their prompts",
-                **_agreement(own, self.columns(["ica"], context)["ica"]),
-            }
-        )
-        if len(holdout.shown) >= 4:
-            mixed = rng.permutation(holdout.shown).tolist()
+        without_prompts = self.ica(holdout=dataclasses.replace(holdout, examples=bare))
+        found.append({"ICA with": "another template: answers alone, without their prompts", **_agreement(own, without_prompts)})
+        if all(len(shown) >= 4 for shown in holdout.sets.values()):
+            mixed = [rng.permutation(shown).tolist() for shown in holdout.sets.values()]
             halves = [
-                self.ica(self.retrieve(config, dataclasses.replace(holdout, shown=sorted(half))))
-                for half in (mixed[::2], mixed[1::2])
+                self.ica(self.demonstrations_with(holdout.part([row for shown in mixed for row in sorted(shown[half::2])])))
+                for half in (0, 1)
             ]
             found.append({"ICA with": "one half of the holdout against the other", **_agreement(*halves)})
         return found
@@ -237,7 +222,8 @@ class _Audit:
             demonstrations=[shown[i] for i in origin],
             holdout=dataclasses.replace(callback.holdout, hidden_from=[hidden[i] for i in origin]),
         )
-        context.kept = {key: value for key, value in context.kept.items() if key == "adapter"}
+        kept = context.kept  # holdout adapters may stay; what was kept by row is of other rows
+        context.kept = _adapter(kept) | {name: _adapter(kept[name]) for name in callback.config.sets if name in kept}
         get_logger().info("audit: planted noise, %d rows.", len(train))
         columns = self.columns(_parts(names), context)
         result, start = [], len(clean)
@@ -256,6 +242,10 @@ class _Audit:
 def _parts(names: list[str]) -> list[str]:
     """The scorers of all sums, each once."""
     return list(dict.fromkeys(part for name in names for part in parts_of(parse_score(name))))
+
+
+def _adapter(kept: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kept.items() if key == "adapter"}
 
 
 def _defined(callback: ICACallback) -> list[str]:
@@ -360,12 +350,12 @@ def _sections(numbers: dict[str, Any]) -> list[Section]:
             rows=numbers["sensitivity"],
         ),
     ]
-    if numbers["noise"]:
+    if numbers["noise"] or numbers["noise left out"]:
         text = "AUROC for a clean row against corrupted copies: 1 ranks every clean row above, below chance it prefers the corrupted."
         text += " Chance is given with two standard deviations."
         for kind, found in numbers["noise left out"].items():
             text += f" Left out: {kind}, which only {found} of the planted rows allow; plant more."
-        sections.append(Section("Planted noise", text, picture(noise), numbers["noise"]))
+        sections.append(Section("Planted noise", text, picture(noise) if numbers["noise"] else "", numbers["noise"]))
     return [
         *sections,
         Section("Best rows", f"By the config's own score, `{numbers['data']['score of the config']}`.", rows=numbers["best"]),
