@@ -17,7 +17,7 @@ from .budget import Allowance, Budgeted
 from .checkpoint import State, differences, fingerprint, load_state, save_state
 from .config import ICAConfig
 from .errors import ICAError
-from .examples import Example
+from .examples import Example, scored_tokens
 from .holdout import Holdout
 from .injection import GradientInjection
 from .log import get_logger
@@ -59,7 +59,7 @@ class ICACallback(TrainerCallback):
         self.length_normalize = length_normalize
         self.weights = torch.full((len(train),), torch.nan)
         self.scores = torch.full((len(train),), torch.nan, dtype=torch.float64)
-        self.tokens = np.array([row.supervised_tokens if row.can_be_scored else 0 for row in train])
+        self.tokens = scored_tokens(train)
         self.files = RunFiles(trainer.args.output_dir)
         self.scores_itself = given is None
         self._given = given

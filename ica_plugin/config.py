@@ -13,10 +13,26 @@ from .scoring.expression import SHOWS_DEMONSTRATIONS, parse_score, parts_of
 BUILTIN_RETRIEVAL = ("policy", "bm25", "random")
 
 
-class HoldoutAdapter(BaseModel):
-    """`holdout_adapter:`, the LoRA tuned on the holdout that `rho` and `lossdiff` compare with."""
+class Block(BaseModel):
+    """Keys in a user's file: an unknown one is an error that names the nearest known one."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suggest_known_keys(cls, block: Any) -> Any:
+        if not isinstance(block, dict):
+            return block
+        for key in block:
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                hint = f"did you mean `{near[0]}`? " if near else ""
+                raise ValueError(f"unknown key `{key}`: {hint}Known keys: {', '.join(cls.model_fields)}")
+        return block
+
+
+class HoldoutAdapter(Block):
+    """`holdout_adapter:`, the LoRA tuned on the holdout that `rho` and `lossdiff` compare with."""
 
     path: str | None = Field(None, min_length=1, description="A saved LoRA on the same base, instead of training one.")
     r: int = Field(8, ge=1, description="Rank.")
@@ -24,10 +40,8 @@ class HoldoutAdapter(BaseModel):
     learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False, description="Of AdamW, falling linearly to 0.")
 
 
-class Influence(BaseModel):
+class Influence(Block):
     """`influence:`, what the scorer of that name does with the gradients."""
-
-    model_config = ConfigDict(extra="forbid")
 
     adam: bool = Field(False, description="Precondition the row's gradient with the optimizer's moments (LESS).")
     truncate: tuple[float, float] | None = Field(
@@ -40,10 +54,10 @@ class Influence(BaseModel):
         return value if value is None else check_quantiles(value)
 
 
-class ICAConfig(BaseModel):
+class ICAConfig(Block):
     """The `ica:` block. Only `holdout` is required (or `weights`, which replaces scoring)."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(validate_default=True)
 
     holdout: str | dict[str, Any] | list[dict[str, Any]] | None = Field(
         None,
@@ -105,18 +119,6 @@ class ICAConfig(BaseModel):
     seed: int = Field(
         42, ge=0, description="Of random retrieval, the `random` scorer, the holdout adapter and `datainf`'s sample."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _suggest_known_keys(cls, block: Any) -> Any:
-        if not isinstance(block, dict):
-            return block
-        for key in block:
-            if key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
-                hint = f"did you mean `{near[0]}`? " if near else ""
-                raise ValueError(f"unknown key `{key}`: {hint}Known keys: {', '.join(cls.model_fields)}")
-        return block
 
     @field_validator("refresh_interval", mode="before")
     @classmethod
@@ -225,7 +227,9 @@ def describe_errors(error: ValidationError) -> str:
     """A pydantic error as lines `ica.key: value: what is allowed`, one per key."""
     lines: dict[str, str] = {}
     for item in error.errors():
-        key = ".".join(["ica", *(str(part) for part in item["loc"][:1])])
+        # What follows a key names a member of a union, or an item of a list; in a block of its own, the key there.
+        depth = 2 if item["loc"][:1] in (("holdout_adapter",), ("influence",)) else 1
+        key = ".".join(["ica", *(str(part) for part in item["loc"][:depth])])
         message = item["msg"].removeprefix("Value error, ")
         value = "" if len(item["loc"]) == 0 else f" {item['input']!r}:"
         # A union reports one error per member; the key is what the user needs, once.

@@ -101,8 +101,7 @@ def examples_from_batch(batch: Mapping[str, Any], rows: int) -> list[Example]:
     present = [key for key in MULTIMODAL_KEYS if batch.get(key) is not None]
     if present:
         raise ICAError(
-            f"the training rows are multimodal (`{present[0]}`), which ica_plugin cannot score yet. "
-            "Remove the `ica:` block, or give `weights: <file>`."
+            f"the training rows are multimodal (`{present[0]}`), which ica_plugin cannot score yet. Remove the `ica:` block."
         )
     if "chosen_labels" in batch:
         chosen = _masked(batch["chosen_input_ids"], batch["chosen_labels"] != -100, batch.get("chosen_attention_mask"))
@@ -131,6 +130,11 @@ def examples_from_batch(batch: Mapping[str, Any], rows: int) -> list[Example]:
         f"the trainer's batches have a layout ica_plugin does not know (for {rows} row(s): {shapes}). "
         "Supported: SFT, DPO, IPO, SimPO, CPO, ORPO and KTO rows, without padding-free preference batches."
     )
+
+
+def scored_tokens(rows: list[Example]) -> np.ndarray:
+    """int64 [rows]: supervised tokens of each row, 0 where it cannot be scored."""
+    return np.array([row.supervised_tokens if row.can_be_scored else 0 for row in rows])
 
 
 def read_examples(dataset: Any, collator: Callable[[list[dict]], Mapping[str, Any]]) -> list[Example]:

@@ -31,14 +31,21 @@ SCHEMA = pa.schema(
 
 # Key of a scores file's metadata: rows of the data file, where not all of them became train rows in their order.
 SOURCE_ROWS = "ica_source_rows"
+# The same, where the host moved rows and it is not known where to: why they do not stand as in the file.
+MOVED_ROWS = "ica_moved_rows"
 PACKAGES = ("ica-plugin", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "axolotl", "llamafactory")
 
 
 class RunFiles:
-    """Writes the two files of one run. A full disk or a read-only folder is reported, and the run goes on."""
+    """Writes the two files of one run. A full disk or a read-only folder is reported, and the run goes on.
+
+    Attributes:
+        moved_rows: why `row` is not the place in the data file; "" where it is.
+    """
 
     def __init__(self, output_dir: str | os.PathLike):
         self.folder = Path(output_dir) / "ica"
+        self.moved_rows = ""
         self._tables: list[pa.Table] = []
 
     def add_scores(self, columns: dict[str, Any]) -> None:
@@ -49,6 +56,7 @@ class RunFiles:
         """
         self._tables.append(score_table(columns))
         table = pa.concat_tables(self._tables, promote_options="default")  # a resumed run may have other scorers
+        table = table.replace_schema_metadata({MOVED_ROWS: self.moved_rows} if self.moved_rows else None)
         self._write("scores.parquet", lambda path: pq.write_table(table, path))
 
     def keep_scores(self, refreshes: int) -> None:
@@ -88,12 +96,13 @@ class ScoreFile(RunFiles):
 
     Args:
         path: where.
-        source: int64 [train rows], each train row's place in the data file; None where it is the row's own index.
+        source: int64 [train rows], each train row's place in the data file; None where it is the row's own index, or not known.
         source_rows: rows of the data file, where `source` is given.
+        moved_rows: as of RunFiles; where `source` is given it does not matter.
     """
 
-    def __init__(self, path: Path, source: np.ndarray | None = None, source_rows: int | None = None):
-        self.path, self.source, self.source_rows = path, source, source_rows
+    def __init__(self, path: Path, source: np.ndarray | None = None, source_rows: int | None = None, *, moved_rows: str = ""):
+        self.path, self.source, self.source_rows, self.moved_rows = path, source, source_rows, moved_rows
 
     def add_scores(self, columns: dict[str, Any]) -> None:
         if self.source is not None:
@@ -101,6 +110,8 @@ class ScoreFile(RunFiles):
         table = score_table(columns)
         if self.source_rows is not None:
             table = table.replace_schema_metadata({SOURCE_ROWS: str(self.source_rows)})
+        elif self.moved_rows:
+            table = table.replace_schema_metadata({MOVED_ROWS: self.moved_rows})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, self.path)
 

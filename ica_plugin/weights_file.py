@@ -9,25 +9,29 @@ import numpy as np
 import pyarrow as pa
 
 from .errors import ICAError
+from .log import get_logger
 
 READERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 
 
-def read_weights(path: str, rows: int) -> np.ndarray:
+def read_weights(path: str, rows: int, tokens: np.ndarray | None = None, moved_rows: str = "") -> np.ndarray:
     """Read a file with the columns `row` (index into the trainer's train rows) and `weight`, one line per row.
 
-    An earlier run's `ica/scores.parquet` works too: where there is a column `refresh`, each row's last one counts.
-    Weights are used as they are, without scaling.
+    An earlier run's `ica/scores.parquet` works too: where there is a column `refresh`, each row's last one counts, and its
+    column `tokens` must agree with this run's rows, or they are others or in another order. Weights are used as they are,
+    without scaling.
 
     Args:
         path: parquet, csv or jsonl.
         rows: number of train rows.
+        tokens: int [rows], supervised tokens of each train row, where they are known.
+        moved_rows: why the train rows do not stand as in the data file, if so; weights that no run made are then warned about.
 
     Returns:
         float64 [rows].
 
     Raises:
-        ICAError: missing or malformed file, missing, duplicate or unknown rows, negative or NaN weights.
+        ICAError: missing or malformed file, missing, duplicate or unknown rows, rows of another run, negative or NaN weights.
     """
     where = f"ica.weights: {path}"
     table = _read_table(path, where)
@@ -46,6 +50,23 @@ def read_weights(path: str, rows: int) -> np.ndarray:
         order = np.lexsort((table["refresh"].to_numpy(zero_copy_only=False), index))
         last = np.append(index[order][1:] != index[order][:-1], True)
         index, weight = index[order][last], weight[order][last]
+        if tokens is not None and "tokens" in table.column_names:
+            counted = table["tokens"].to_numpy(zero_copy_only=False)[order][last]
+            inside = (index >= 0) & (index < rows)
+            other = index[inside][counted[inside] != tokens[index[inside]]]
+            if len(other):
+                raise ICAError(
+                    f"{where}: it was scored for other rows, or for these in another order: {len(other)} of {rows} rows have another "
+                    f"number of supervised tokens, first row {other[0]}. Score this config: `ica-plugin score <config> --out "
+                    "scores.parquet`."
+                )
+    elif moved_rows:
+        get_logger().warning(
+            "%s: `row` counts the trainer's rows, not those of the data file: %s. A file of `ica-plugin score` has both, as `row` and "
+            "`source`.",
+            where,
+            moved_rows,
+        )
     unknown = index[(index < 0) | (index >= rows)]
     if len(unknown):
         raise ICAError(f"{where}: {len(unknown)} unknown row(s), first {unknown[0]}; the run trains on rows 0 to {rows - 1}.")

@@ -64,6 +64,13 @@ def test_share(tmp_path, scores, keep, rows):
     assert [row["n"] for row in read(out)] == rows
 
 
+def test_rows_that_the_host_moved_are_refused(tmp_path, scores):
+    table = pq.read_table(scores).replace_schema_metadata({"ica_moved_rows": "they are shuffled"})
+    pq.write_table(table, tmp_path / "run.parquet")
+    with pytest.raises(ICAError, match="do not stand as in the data file: they are shuffled. Take the scores from"):
+        select_rows(tmp_path / "run.parquet", write(tmp_path / "data.jsonl", ROWS), tmp_path / "out.jsonl", 0.5)
+
+
 def test_wrong_inputs(tmp_path, scores):
     data = write(tmp_path / "data.jsonl", ROWS)
     cases = [

@@ -21,6 +21,26 @@ def test_an_earlier_runs_scores_serve_with_their_last_refresh(tmp_path):
     assert read_weights(str(tmp_path / "scores.parquet"), 2).tolist() == [0.5, 1.5]
 
 
+def test_scores_of_other_rows_are_refused(tmp_path):
+    columns = {"row": [0, 1, 0, 1], "refresh": [0, 0, 1, 1], "weight": [9.0, 9.0, 0.5, 1.5], "tokens": [4, 7, 4, 7]}
+    pq.write_table(pa.table(columns), tmp_path / "scores.parquet")
+    path = str(tmp_path / "scores.parquet")
+    assert read_weights(path, 2, tokens=np.array([4, 7])).tolist() == [0.5, 1.5]
+    with pytest.raises(ICAError, match="2 of 2 rows have another number of supervised tokens, first row 0"):
+        read_weights(path, 2, tokens=np.array([7, 4]))
+    with pytest.raises(ICAError, match="1 of 2 train rows have no weight"):  # fewer rows: no index error
+        pq.write_table(pa.table({key: column[::2] for key, column in columns.items()}), tmp_path / "scores.parquet")
+        read_weights(path, 2, tokens=np.array([4, 7]))
+
+
+def test_weights_made_by_hand_for_rows_that_the_host_moved_are_warned_about(tmp_path, capsys):
+    (tmp_path / "w.csv").write_text("row,weight\n0,1\n1,1\n")
+    read_weights(str(tmp_path / "w.csv"), 2, tokens=np.array([4, 7]))
+    assert capsys.readouterr().err == ""
+    read_weights(str(tmp_path / "w.csv"), 2, tokens=np.array([4, 7]), moved_rows="they are shuffled")
+    assert "counts the trainer's rows, not those of the data file: they are shuffled" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -28,7 +28,7 @@ from ..examples import Example, read_examples
 from ..holdout import check_holdout, joined, json_error
 from ..versions import warn_if_untested
 from ..weights_file import read_weights
-from .trainer import attach_examples, prepare_like_train
+from .trainer import SHARDED, attach_examples, prepare_like_train
 
 SUPPORTED_RL = ("dpo", "ipo", "simpo", "orpo", "kto")
 # Keys of a dataset entry that say where its rows are; the others say how to read them.
@@ -62,7 +62,14 @@ class ICAPlugin(BasePlugin):
         warn_if_untested("axolotl")
         refuse_unsupported(cfg)
         config = config_of(cfg)
-        attach_examples(trainer, config, read_holdout=lambda one: _read_holdout(cfg, one, trainer))
+        attach_examples(trainer, config, read_holdout=lambda one: _read_holdout(cfg, one, trainer), moved_rows=_moved_rows(cfg))
+
+
+def _moved_rows(cfg: DictDefault) -> str:
+    """Why the train rows do not stand as in the data file; "" where they do."""
+    if not (cfg.shuffle_merged_datasets or cfg.shuffle_before_merging_datasets or cfg.val_set_size):
+        return ""
+    return "Axolotl shuffles them (not with `shuffle_merged_datasets: false` and `val_set_size: 0`)"
 
 
 def config_of(cfg: DictDefault) -> ICAConfig:
@@ -88,6 +95,9 @@ def refuse_unsupported(cfg: DictDefault) -> None:
         )
     if (cfg.context_parallel_size or 1) > 1:
         raise ICAError("context_parallel_size > 1 is not supported by ica_plugin: rows are split over ranks. Set it to 1.")
+    for key in ("deepspeed", "fsdp", "fsdp_config"):
+        if cfg[key]:
+            raise ICAError(f"{key} {SHARDED}")
 
 
 def holdout_entry(cfg: DictDefault, holdout: str | dict[str, Any]) -> tuple[str, DictDefault]:

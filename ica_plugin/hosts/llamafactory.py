@@ -31,7 +31,7 @@ from ..examples import Example, read_examples
 from ..holdout import check_holdout, joined, json_error
 from ..versions import warn_if_untested
 from ..weights_file import read_weights
-from .trainer import attach_examples
+from .trainer import SHARDED, attach_examples
 
 MODULE = "ica_plugin.hosts.llamafactory"
 # Stage of a run → the name under which LLaMA-Factory's loader knows its rows.
@@ -178,6 +178,9 @@ def refuse_unsupported(args: dict[str, Any], config: ICAConfig) -> None:
             "pref_bco_weight adds the BCO loss, which couples rows by a running mean over batches, so no single row's gradient "
             "can be weighted. Remove pref_bco_weight."
         )
+    for key in ("deepspeed", "fsdp"):
+        if args.get(key):
+            raise ICAError(f"{key} {SHARDED}")
     elsewhere = [name for name in ("USE_MCA", "USE_V1") if is_env_enabled(name)]
     elsewhere += [name for name in ("use_hyper_parallel", "use_ray") if args.get(name)]
     if use_ray():

@@ -18,7 +18,7 @@ from transformers import Trainer
 from ..callback import ICACallback, model_context
 from ..config import ICAConfig, parse_config
 from ..errors import ICAError
-from ..examples import Example, read_examples
+from ..examples import Example, read_examples, scored_tokens
 from ..holdout import check_holdout, joined, json_error
 from ..injection import trains_output_embedding
 from ..log import get_logger
@@ -30,6 +30,10 @@ from ..weights_file import check_weights, read_weights
 COUPLED_LOSSES = {"aot", "aot_pair", "aot_unpaired", "bco", "bco_pair"}
 LENGTH_NORMALIZED_LOSSES = {"simpo", "orpo", "sigmoid_norm"}
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+SHARDED = (
+    "is not supported yet: its ranks must run the same forwards together, which scoring does not. Use one process or DDP (drop "
+    "`fsdp`/`deepspeed` from the config)."
+)
 
 
 def attach(
@@ -44,8 +48,9 @@ def attach(
     Args:
         trainer: transformers.Trainer, or TRL's SFTTrainer, DPOTrainer, CPOTrainer, ORPOTrainer or KTOTrainer.
         config: the keys of the `ica:` block.
-        holdout: the good examples: a path, a hub id, or a `datasets.Dataset`, either raw (it is prepared as the trainer
-            prepared its own rows) or tokenised, in the columns of `trainer.train_dataset`.
+        holdout: the good examples: a path, a hub id, the arguments of `datasets.load_dataset`, a list of named sets as under
+            `ica.holdout`, or a `datasets.Dataset`, either raw (it is prepared as the trainer prepared its own rows) or tokenised,
+            in the columns of `trainer.train_dataset`.
         weights: float [n], one weight per row of `trainer.train_dataset`, or a file or column as under `ica.weights`;
             then nothing is scored and no holdout is needed.
 
@@ -64,16 +69,18 @@ def attach(
         if block.get(key) is not None:
             raise ICAError(f"{key} is given twice, in the config and as an argument; give it once.")
         # The array or dataset itself does not go into run.json.
-        named = isinstance(value, (str, Path, Mapping))
-        block[key] = (
-            (value if isinstance(value, Mapping) else str(value)) if named else f"{type(value).__name__} of {len(value)} rows"
-        )
+        if isinstance(value, (str, Path)):
+            block[key] = str(value)
+        elif key == "holdout" and isinstance(value, (Mapping, list)):
+            block[key] = value
+        else:
+            block[key] = f"{type(value).__name__} of {len(value)} rows"
     given = None
     if weights is not None and not isinstance(weights, (str, Path)):
         given = weights.detach().float().cpu().numpy() if torch.is_tensor(weights) else weights
     parsed = parse_config(block)
     _refuse_trl_settings(trainer)
-    rows = None if holdout is None or isinstance(holdout, Path) else holdout
+    rows = holdout if hasattr(holdout, "column_names") else None
     return attach_examples(
         trainer,
         parsed,
@@ -140,6 +147,7 @@ def attach_examples(
     *,
     read_holdout: Callable[[ICAConfig], tuple[str, list[Example]]],
     weights: Any = None,
+    moved_rows: str = "",
 ) -> ICACallback:
     """Make a trainer train with weights: what all hosts share.
 
@@ -153,6 +161,7 @@ def attach_examples(
         read_holdout: takes the block for one holdout set, and returns the set's name for messages and its rows. Not called
             with given weights.
         weights: float [n], a weight per row of `trainer.train_dataset`, instead of the block's `weights`.
+        moved_rows: why the trainer's rows do not stand as in the data file, if they do not.
 
     Raises:
         ICAError: what cannot be weighted exactly, and what to do about it.
@@ -172,11 +181,12 @@ def attach_examples(
     row_ids = row_ids_of(trainer.train_dataset)
     given = holdout = None
     if weights is not None or config.weights is not None:
-        given = _given_weights(trainer, weights, config, row_ids, len(train))
+        given = _given_weights(trainer, weights, config, row_ids, train, moved_rows)
     else:
         context = model_context(trainer.model)
         holdout = joined({name: check_holdout(*read_holdout(one), train, context) for name, one in config.sets.items()})
     callback = ICACallback(trainer, config, train, holdout, given=given, length_normalize=_length_normalize(trainer, config))
+    callback.files.moved_rows = moved_rows
     _add_row_ids(trainer, row_ids)
     _wrap_loss(trainer, callback)
     _wrap_batches(trainer, callback)
@@ -204,10 +214,7 @@ def _refuse_what_cannot_be_weighted(trainer: Trainer) -> None:
         )
     kind = trainer.accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ICAError(
-            f"{kind.value} is not supported yet: its ranks must run the same forwards together, which scoring does not. "
-            "Use one process or DDP (drop `fsdp`/`deepspeed` from the config)."
-        )
+        raise ICAError(f"{kind.value} {SHARDED}")
 
 
 def loss_types(trainer: Trainer) -> set[str]:
@@ -228,16 +235,18 @@ def _length_normalize(trainer: Trainer, config: ICAConfig) -> bool:
     return bool(loss_types(trainer) & LENGTH_NORMALIZED_LOSSES)
 
 
-def _given_weights(trainer: Trainer, weights: Any, config: ICAConfig, row_ids: list[Any], examples: int) -> np.ndarray:
+def _given_weights(
+    trainer: Trainer, weights: Any, config: ICAConfig, row_ids: list[Any], train: list[Example], moved_rows: str
+) -> np.ndarray:
     """The weight of each example, float64 [examples]: the array `weights`, or what the block's `weights` names."""
-    dataset = trainer.train_dataset
+    dataset, examples = trainer.train_dataset, len(train)
     if weights is None and config.weights not in dataset.column_names:
         if not Path(config.weights).suffix:
             raise ICAError(
                 f"ica.weights: {config.weights}: the train dataset has no such column, only {dataset.column_names}. Give one "
                 "of them, or a .parquet, .csv or .jsonl file with the columns row and weight."
             )
-        return read_weights(config.weights, examples)
+        return read_weights(config.weights, examples, tokens=scored_tokens(train), moved_rows=moved_rows)
     where = "weights" if weights is not None else f"ica.weights: column `{config.weights}`"
     given = check_weights(dataset[config.weights] if weights is None else weights, where)
     if given.shape == (len(dataset),) and np.ndim(row_ids[0]) == 1:

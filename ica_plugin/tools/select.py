@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ICAError
-from ..outputs import SOURCE_ROWS
+from ..outputs import MOVED_ROWS, SOURCE_ROWS
 
 
 def select_rows(scores: Path, data: Path, out: Path, keep: float) -> tuple[int, int]:
@@ -29,7 +29,8 @@ def select_rows(scores: Path, data: Path, out: Path, keep: float) -> tuple[int, 
         (rows written, rows of `data`).
 
     Raises:
-        ICAError: a file that cannot be read, or one that was not scored: another number of rows.
+        ICAError: a file that cannot be read, one that was not scored (another number of rows), or scores of rows that the host
+            shuffled.
     """
     if not 0 < keep <= 1:
         raise ICAError(f"--keep {keep}: give a share above 0 and up to 1.")
@@ -66,6 +67,11 @@ def _last_scores(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
     place = table["source"].to_numpy() if "source" in table.column_names else row
     score = table["score"].to_numpy(zero_copy_only=False).astype(np.float64)
     metadata = table.schema.metadata or {}
+    if MOVED_ROWS.encode() in metadata:
+        raise ICAError(
+            f"its rows do not stand as in the data file: {metadata[MOVED_ROWS.encode()].decode()}. Take the scores from "
+            "`ica-plugin score <config> --out scores.parquet`, which notes each row's place in the file."
+        )
     expected = int(metadata.get(SOURCE_ROWS.encode(), len(last)))
     known = last[np.isfinite(score[last]) & (place[last] >= 0)]
     if len(known) == 0:

@@ -14,6 +14,7 @@ from checks import (
     check_weights_stay_with_rows,
 )
 from ica_plugin.errors import ICAError
+from ica_plugin.tools.select import select_rows
 from ica_plugin.weighting import weights_from_scores
 
 ROWS = {
@@ -192,6 +193,22 @@ def test_weights_come_from_the_scores_in_the_file(maker):
     expected = weights_from_scores(table.score.to_numpy(), callback.config, tokens=table.tokens.to_numpy(), by_token=True).values
     assert np.allclose(table.weight, expected, rtol=1e-5)
     assert (table.weight * table.tokens).sum() / table.tokens.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_runs_scores_serve_as_weights_of_the_same_rows_alone(maker, tmp_path):
+    """Axolotl shuffles rows, so a run's row numbers are not the file's: `select` and another order of rows refuse them."""
+    rows = tiny.sft_rows(10)
+    first = maker("sft", rows)(ica={})
+    first.train()
+    scores = callback_of(first).files.folder / "scores.parquet"
+    kept = tmp_path / "kept.parquet"
+    kept.write_bytes(scores.read_bytes())
+    with pytest.raises(ICAError, match="do not stand as in the data file: Axolotl shuffles them"):
+        select_rows(scores, tiny.write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "best.jsonl", 0.5)
+    again = maker("sft", rows)(ica={"weights": str(kept)})
+    assert np.allclose(callback_of(again)._given, callback_of(first).weights)
+    with pytest.raises(ICAError, match="another number of supervised tokens"):
+        maker("sft", rows, seed=8)(ica={"weights": str(kept)})
 
 
 def test_rows_without_supervised_tokens_get_weight_zero(maker, capsys):

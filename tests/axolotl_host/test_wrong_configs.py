@@ -101,6 +101,8 @@ def test_unsupported_training(config):
     assert "reward models" in message_of_refusal({"reward_model": True})
     assert "streaming" in message_of_refusal({"pretraining_dataset": "x"})
     assert "context_parallel_size" in message_of_refusal({"context_parallel_size": 2})
+    assert "deepspeed is not supported yet" in message_of_refusal({"deepspeed": "zero2.json"})
+    assert "fsdp_config is not supported yet" in message_of_refusal({"fsdp_config": {"reshard_after_forward": True}})
 
 
 def message_of_refusal(settings) -> str:
