@@ -29,6 +29,9 @@ from .scoring.engine import Engine
 from .scoring.memory import budget_for
 from .weighting import Weights, weights_from_scores
 
+# Weights within fewer rows than this say little.
+FEW_ROWS = 16
+
 
 class ICACallback(TrainerCallback):
     """Scores rows with the current policy, keeps their weights, and reports.
@@ -79,7 +82,7 @@ class ICACallback(TrainerCallback):
         self._resumed: State | None = None
         self._trained_before = 0.0
         self._scored_here = 0.0
-        self._ahead = LookAhead(trainer.accelerator.gradient_state)
+        self._ahead = LookAhead(trainer.accelerator.gradient_state, trainer.args.device)
         self._budgeted: Budgeted | None = None
         self._neighbour_correlation: float | None = None
         if given is not None:
@@ -91,9 +94,12 @@ class ICACallback(TrainerCallback):
         if self._injection is not None:  # the trainer starts over, as after auto_find_batch_size
             self._injection.remove()
         self._injection = GradientInjection(self.trainer.model)
+        if self._engine is not None and self._engine.model is not self.trainer.model:  # `model_init` made another
+            self._engine, self._demonstrations, self._kept = None, None, {}
         self._started, self._scored_here = time.monotonic(), 0.0
         self._due = self.scores_itself
         self._interval = self.config.interval_steps(state.max_steps)
+        self._check_window()
         self._mid_epoch = False
         if self._resumed is not None:
             # A checkpoint at an epoch's end goes on with the next one, and so does a run that skips no data.
@@ -112,6 +118,9 @@ class ICACallback(TrainerCallback):
         elif self.config.refresh_interval == "epoch" or self._by_window:
             self._due = self.scores_itself
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.injection.check_gradients()
+
     def on_step_end(self, args, state, control, **kwargs):
         if self._interval and state.global_step - self._last_refresh_step >= self._interval:
             self._due = self.scores_itself
@@ -122,6 +131,29 @@ class ICACallback(TrainerCallback):
     @property
     def _by_window(self) -> bool:
         return self._interval is not None and self.config.refresh_scope == "window"
+
+    @property
+    def _rows_per_step(self) -> int:
+        """Rows of an optimizer step, over all processes."""
+        trainer = self.trainer
+        return trainer._train_batch_size * trainer.args.gradient_accumulation_steps * trainer.accelerator.num_processes
+
+    def _check_window(self) -> None:
+        if not (self.scores_itself and self._by_window):
+            return
+        rows = self._interval * self._rows_per_step
+        advice = "Take a longer `refresh_interval`, or `refresh_scope: all`"
+        if rows == 1:
+            raise ICAError(
+                "ica.refresh_interval: a window is 1 row, and rows are weighted against the others of their window, so every weight would be "
+                f"1. {advice}."
+            )
+        if rows < FEW_ROWS:
+            get_logger().warning(
+                "ica.refresh_interval: a window is %d rows, and rows are weighted against the others of their window alone. %s.",
+                rows,
+                advice,
+            )
 
     def before_update(self, batches: Iterator[dict], micro_batches: int) -> Iterator[dict]:
         """Refresh if one is due, before the micro-batches of the next optimizer step are taken.
@@ -373,6 +405,7 @@ class ICACallback(TrainerCallback):
             "training_seconds": self._training_seconds(),
             "due": self._due,
             "last_refresh_step": self._last_refresh_step,
+            "rows_per_step": self._rows_per_step,
             "fingerprint": self._fingerprint,
         }
         save_state(folder, State(tensors, record))
@@ -408,6 +441,10 @@ class ICACallback(TrainerCallback):
         self.scoring_seconds, self._trained_before = record["scoring_seconds"], record["training_seconds"]
         self._last_refresh_step = record["last_refresh_step"]
         self._due = record["due"]
+        if self._by_window and record.get("rows_per_step", self._rows_per_step) != self._rows_per_step:
+            # The host goes on with other rows than those that were scored ahead.
+            get_logger().warning("another number of rows per step than in the checkpoint: the coming rows are scored anew.")
+            self._due = True
         if self.trainer.accelerator.is_main_process and self.scores_itself:
             self.files.keep_scores(self.refreshes)
         get_logger().info("resumed at step %d with the weights of %d refresh(es).", record["step"], self.refreshes)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ICAError
-from .scoring.expression import SHOWS_DEMONSTRATIONS, parse_score, parts_of
+from .scoring.expression import BAND_SCORERS, SHOWS_DEMONSTRATIONS, parse_score, parts_of
 
 BUILTIN_RETRIEVAL = ("policy", "bm25", "random")
 
@@ -169,6 +169,12 @@ class ICAConfig(Block):
             raise ValueError("`holdout` is required: a path, a hub id or a dataset entry (or give `weights`)")
         if self.budget is not None and (self.score != "ica" or len(self.sets) > 1):
             raise ValueError("`budget` goes with `score: ica` and one holdout alone; remove it, or the others")
+        if (
+            self.weighting == "band"
+            and len(self.sets) > 1
+            and BAND_SCORERS.keys() & {name for _, name in parse_score(self.score)}
+        ):
+            raise ValueError(f"`weighting: band` with `score: {self.score}` goes with one holdout alone; with several use `top`")
         return self
 
     @property

@@ -133,7 +133,8 @@ def json_error(path: str | Path) -> str | None:
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
         parts = [(1, text)]
     else:
-        parts = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        # Not `splitlines`: a JSON string may hold the other line ends of Unicode.
+        parts = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     for number, part in parts:
         try:
             json.loads(part)

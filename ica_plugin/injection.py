@@ -6,13 +6,14 @@ it: losses reduced inside the host, fused linear cross-entropy, preference losse
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from .decoder import decoder_of, output_embedding
 from .errors import ICAError
 
 
@@ -20,32 +21,35 @@ class _ScaleGradient(torch.autograd.Function):
     """Identity forward; backward multiplies the gradient by `weights`, broadcast over trailing dimensions."""
 
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, value: torch.Tensor, weights: torch.Tensor, scaled: Callable[[], None]) -> torch.Tensor:
         ctx.save_for_backward(weights)
+        ctx.scaled = scaled
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (weights,) = ctx.saved_tensors
+        ctx.scaled()
         # The product is taken in float32 and rounded once, without a float32 copy of the gradient.
-        return torch.mul(gradient, weights, out=torch.empty_like(gradient)), None
+        return torch.mul(gradient, weights, out=torch.empty_like(gradient)), None, None
 
 
-def scale_gradient(value: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def scale_gradient(value: torch.Tensor, weights: torch.Tensor, scaled: Callable[[], None] = lambda: None) -> torch.Tensor:
     """Return `value` unchanged; in the backward pass its gradient is multiplied by `weights`.
 
     Args:
         value: [N, T, ...].
         weights: float32 [N] (per row) or [N, T] (per position).
+        scaled: called when a gradient came and was scaled.
     """
     shape = weights.shape + (1,) * (value.dim() - weights.dim())
-    return _ScaleGradient.apply(value, weights.to(value.device).reshape(shape))
+    return _ScaleGradient.apply(value, weights.to(value.device).reshape(shape), scaled)
 
 
 def trains_output_embedding(model: nn.Module) -> bool:
     """Whether any weight of the model's output embedding is trained."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    head = output_embedding(base)
     return head is not None and any(p.requires_grad for p in head.parameters())
 
 
@@ -60,15 +64,16 @@ class GradientInjection:
     def __init__(self, model: nn.Module):
         """Args: model: the policy, without distributed wrappers."""
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        head = output_embedding(base)
         if head is None:
             raise ICAError(
                 f"{type(base).__name__} has no output embedding, so its rows cannot be weighted: ica_plugin needs a causal language model."
             )
-        decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-        self.on_logits = decoder is None or decoder is base or trains_output_embedding(model)
+        decoder = decoder_of(base)
+        self.on_logits = decoder is base or trains_output_embedding(model)
         self._weights: torch.Tensor | None = None
-        self._passes = 0
+        self._micro_batch = self._passes = 0
+        self._without_gradient: set[int] = set()  # micro-batches that passed forward and not yet back
         self._handle = (head if self.on_logits else decoder).register_forward_hook(self._hook)
 
     def remove(self) -> None:
@@ -87,6 +92,7 @@ class GradientInjection:
             ICAError: no forward with gradient passed the hook: the run would train unweighted.
         """
         self._weights, self._passes = weights, 0
+        self._micro_batch += 1
         try:
             yield
         finally:
@@ -99,6 +105,20 @@ class GradientInjection:
                 "freeze the output embedding (LoRA without `lm_head` in its targets) or switch the fused loss off."
             )
 
+    def check_gradients(self) -> None:
+        """To be called before an optimizer step: the gradient of every micro-batch so far went through the hook.
+
+        Raises:
+            ICAError: one did not, since the loss takes its activations elsewhere (distillation from `hidden_states`).
+        """
+        missing, self._without_gradient = len(self._without_gradient), set()
+        if missing:
+            raise ICAError(
+                f"the gradient of {missing} micro-batch(es) did not come back through the model's "
+                f"{'output embedding' if self.on_logits else 'last hidden state'}, so it was not weighted: this trainer's loss takes "
+                "its activations elsewhere. The run stops rather than train silently unweighted; remove the `ica:` block."
+            )
+
     @torch.compiler.disable
     def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._weights is None or not torch.is_grad_enabled():
@@ -106,12 +126,16 @@ class GradientInjection:
         value = output if torch.is_tensor(output) else output[0]
         if not value.requires_grad:
             return output
-        scaled = scale_gradient(value, self._fit(value))
+        micro_batch = self._micro_batch
+        scaled = scale_gradient(value, self._fit(value), lambda: self._without_gradient.discard(micro_batch))
+        self._without_gradient.add(micro_batch)
         self._passes += 1
         if torch.is_tensor(output):
             return scaled
         if isinstance(output, tuple):
             return (scaled, *output[1:])
+        if getattr(output, "last_hidden_state", None) is not value:
+            raise ICAError(f"{type(module).__name__} returns no last hidden state first, so its rows cannot be weighted.")
         output.last_hidden_state = scaled
         return output
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
+import torch
 from accelerate.state import GradientState
+from accelerate.utils import send_to_device
 
 from .row_ids import ROW_IDS
 
@@ -16,10 +18,12 @@ class LookAhead:
     Args:
         gradient_state: accelerate's. Drawing ahead makes it believe that the epoch's last batch is being trained, so each
             batch is handed on with the mark that it had when it was drawn.
+        device: where the trainer has its batches; those that wait do so in the CPU's memory.
     """
 
-    def __init__(self, gradient_state: GradientState):
+    def __init__(self, gradient_state: GradientState, device: torch.device):
         self._gradient_state = gradient_state
+        self._device = device
         self._drawn: deque[tuple[dict, bool]] = deque()
 
     def __bool__(self) -> bool:
@@ -42,7 +46,7 @@ class LookAhead:
             except StopIteration:
                 break
             last = self._gradient_state.end_of_dataloader
-            self._drawn.append((batch, last))
+            self._drawn.append((send_to_device(batch, "cpu") if self._device.type != "cpu" else batch, last))
             if last:
                 break
         self._mark_end(bool(self._drawn) and self._drawn[0][1])
@@ -52,7 +56,7 @@ class LookAhead:
         while self._drawn:
             batch, last = self._drawn.popleft()
             self._mark_end(last)
-            yield batch
+            yield send_to_device(batch, self._device) if self._device.type != "cpu" else batch
         for batch in batches:  # not `yield from`, which would close the trainer's iterator with this one
             yield batch
 

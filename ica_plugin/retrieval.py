@@ -43,8 +43,8 @@ def retrieve(
         holdout: checked holdout.
         config: `retrieval`, `retrieval_groups`, `k`, `seed`.
         rows: indices into `train` of the rows to serve.
-        context: the model's context in tokens; demonstrations that do not fit before the row are left out, the least
-            similar first. None: unlimited.
+        context: the model's context in tokens; holdout rows that do not fit before the row, beside more similar ones, are
+            passed over. None: unlimited.
         embed: prompts (token arrays) → float [n, H], the policy's pooled hidden states.
         decode: tokens → text.
 
@@ -73,7 +73,7 @@ def retrieve(
                 if shown[candidate] in holdout.hidden_from[row]:
                     continue
                 if length[candidate] > room:
-                    break
+                    continue
                 room -= length[candidate]
                 picked.append(int(candidate))
             chosen.append([shown[i] for i in sorted(picked, key=order.__getitem__)])

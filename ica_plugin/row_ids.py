@@ -61,22 +61,33 @@ def _ids_of(batch: Any, ids: list[Any], tokens: list[np.ndarray], sizes: list[in
         )
     if sizes is None:
         sizes = [1] * len(ids) if shape[0] == len(ids) else [len(ids)]
-    per_token = torch.full(tuple(shape), NO_ROW)
-    row = 0
-    for line, size in enumerate(sizes):
-        start = 0
-        for _ in range(size):
-            here = np.broadcast_to(ids[row], tokens[row].shape)
-            real = int((here != NO_ROW).sum())  # a packed row may end with padding, which some collators cut off
-            stop = start + real
-            if stop > shape[1] or not np.array_equal(batch["input_ids"][line, start:stop].numpy(), tokens[row][:real]):
-                raise ICAError(
-                    "the packed batch does not hold its rows one after the other, so weights cannot be matched to tokens. "
-                    "Switch sample packing off."
-                )
-            per_token[line, start:stop] = torch.tensor(here[:real])
-            start, row = start + len(tokens[row]), row + 1
-    return per_token
+    lines = []
+    for line, size in zip(batch["input_ids"], sizes, strict=True):
+        rows, ids = list(zip(ids[:size], tokens[:size], strict=True)), ids[size:]
+        tokens = tokens[size:]
+        left_padding = shape[1] - sum(len(row) for _, row in rows)
+        found = (_ids_of_line(line.numpy(), rows, start) for start in (0, left_padding) if start >= 0)
+        lines.append(next((each for each in found if each is not None), None))
+    if any(each is None for each in lines):
+        raise ICAError(
+            "the packed batch does not hold its rows one after the other, so weights cannot be matched to tokens. "
+            "Switch sample packing off."
+        )
+    return torch.from_numpy(np.stack(lines))
+
+
+def _ids_of_line(line: np.ndarray, rows: list[tuple[Any, np.ndarray]], start: int) -> np.ndarray | None:
+    """int64 [T]: the id of each token of a packed line, if its rows stand one after the other from `start` on."""
+    found = np.full(len(line), NO_ROW)
+    for ids, tokens in rows:
+        here = np.broadcast_to(ids, tokens.shape)
+        real = int((here != NO_ROW).sum())  # a packed row may end with padding, which some collators cut off
+        stop = start + real
+        if stop > len(line) or not np.array_equal(line[start:stop], tokens[:real]):
+            return None
+        found[start:stop] = here[:real]
+        start += len(tokens)
+    return found
 
 
 def row_ids_of(dataset: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from scipy.stats import rankdata
 
 from .config import ICAConfig
 from .errors import ICAError
-from .scoring.expression import BAND_SCORERS
+from .scoring.expression import BAND_SCORERS, parse_score
 
 MAX_BAD_SHARE = 0.05
 
@@ -47,7 +47,7 @@ def weights_from_scores(
 
     `softmax`: w ∝ exp(z / temperature), z = (s − mean) / std, none above `max_weight`. `minmax` (arXiv 2510.14459,
     eq. 9): w ∝ (s − min) / (max − min) after clipping s to its `winsorize` quantiles. `rank`: w ∝ rank / n.
-    `top`, `band`: 1 or 0 (band: arXiv 2510.13212). All scaled to mean 1 over S; where all scores are equal,
+    `top`, `band`: 1 or 0, where rows that tie at the cut of `top` share what is left (band: arXiv 2510.13212). All scaled to mean 1 over S; where all scores are equal,
     all weights are.
 
     Args:
@@ -100,10 +100,12 @@ def _raw_weights(scores: np.ndarray, config: ICAConfig) -> np.ndarray:
     if config.weighting == "rank":
         return rankdata(scores) / n
     if config.weighting == "top":
-        chosen = np.zeros(n)
-        chosen[np.argsort(-scores, kind="stable")[: max(1, round(config.keep * n))]] = 1.0
-        return chosen
-    if config.score in BAND_SCORERS:  # its scores are depths in that band already
+        count = max(1, round(config.keep * n))
+        last = np.sort(scores)[n - count]
+        above, level = scores > last, scores == last
+        return above + level * ((count - above.sum()) / level.sum())
+    names = [name for _, name in parse_score(config.score)]
+    if len(names) == 1 and names[0] in BAND_SCORERS:  # its scores are depths in that band already
         return (scores >= 0).astype(np.float64)
     low, high = np.quantile(scores, config.band)
     return ((scores >= low) & (scores <= high)).astype(np.float64)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from transformers import DataCollatorForLanguageModeling, T5Config, T5ForConditionalGeneration
 
 import tiny
 import trl_host.trl_harness as trl_harness
@@ -65,6 +66,25 @@ def sharded(folder: Path, kind: DistributedType) -> None:
         trainer.accelerator.state._shared_state["distributed_type"] = DistributedType.NO
 
 
+def masked(folder: Path):
+    trainer = build(folder, None)
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.mask_token = "red"
+    trainer.data_collator = DataCollatorForLanguageModeling(tokenizer, mlm=True)
+    attach(trainer, {}, holdout=tokenised(6, 9))
+
+
+def encoder_decoder(folder: Path):
+    config = T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, vocab_size=400, decoder_start_token_id=0)
+    build(folder, {}, model=T5ForConditionalGeneration(config))
+
+
+def data_parallel(folder: Path):
+    trainer = build(folder, None)
+    trainer.args._n_gpu = 2
+    attach(trainer, {}, holdout=tokenised(6, 9))
+
+
 GOOD = json.dumps(row([5, 6, 7, 8, 9]))
 # What the page calls it → how to make it.
 REFUSED: dict[str, Callable[[Path], object]] = {
@@ -85,6 +105,9 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "FSDP": lambda f: sharded(f, DistributedType.FSDP),
     "DeepSpeed": lambda f: sharded(f, DistributedType.DEEPSPEED),
     "multimodal rows": lambda f: multimodal(),
+    "masked language modelling": lambda f: masked(f),
+    "encoder-decoder": lambda f: encoder_decoder(f),
+    "several GPUs in one process": lambda f: data_parallel(f),
     "no chat template": conversational_without_template,
 }
 

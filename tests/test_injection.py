@@ -3,6 +3,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiny
+from ica_plugin.decoder import decoder_of
 from ica_plugin.errors import ICAError
 from ica_plugin.injection import GradientInjection, scale_gradient
 
@@ -26,6 +27,57 @@ def gradient(model, loss):
 def lora(model):
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     return adapted
+
+
+@pytest.mark.parametrize("prepare", [lambda m: m, lora], ids=["full", "lora"])
+def test_a_loss_from_other_activations_is_refused_before_the_step(prepare):
+    """As Axolotl's distillation: it takes `hidden_states[-1]` and the head's weight, and leaves the logits alone."""
+    model = prepare(tiny.make_model())
+    injection = GradientInjection(model)
+    with injection.scaling(WEIGHTS):
+        losses(model).mean().backward()
+    injection.check_gradients()
+    for _ in range(2):
+        with injection.scaling(WEIGHTS):
+            output = model(input_ids=TOKENS, output_hidden_states=True, logits_to_keep=1)
+            (output.hidden_states[-1] @ model.get_output_embeddings().weight.T).logsumexp(-1).mean().backward()
+    with pytest.raises(ICAError, match="the gradient of 2 micro-batch"):
+        injection.check_gradients()
+    injection.check_gradients()  # said once
+
+
+def test_a_wrapper_that_names_a_whole_language_model_as_its_decoder():
+    """Llama 4's: its `get_decoder()` has an output embedding of its own."""
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {
+        **sizes,
+        "vocab_size": 512,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 64,
+    }
+    vision = {
+        **sizes,
+        "vision_output_dim": 32,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    torch.manual_seed(0)
+    config = Llama4Config(text_config={**text, "pad_token_id": 0}, vision_config=vision)
+    base = Llama4ForConditionalGeneration(config).float()
+    assert type(decoder_of(base)).__name__ == "Llama4TextModel"
+    target = ".*language_model.*(q_proj|v_proj)"
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=target, init_lora_weights=False))
+    with GradientInjection(model).scaling(WEIGHTS):
+        loss = losses(model).mean()
+    found = gradient(model, loss)
+    expected = gradient(model, (losses(model).mean(1) * WEIGHTS).mean())
+    assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("prepare", [lambda m: m, lora], ids=["full", "lora"])

@@ -10,9 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+import tiny
+from checks import callback_of
+from ica_plugin.errors import ICAError
 from processes import torchrun
-from runs import ROWS, Recorder, refreshes, run
+from runs import ROWS, Recorder, build, refreshes, run
 
 
 def check_windows(trainer: Recorder, folder: Path) -> None:
@@ -23,6 +27,26 @@ def check_windows(trainer: Recorder, folder: Path) -> None:
     for (step, rows), until in zip(scored, starts[1:], strict=True):
         trained = {row for at, rows_, *_ in trainer.trained for row in rows_ if step <= at < until}
         assert rows == sorted(trained)
+
+
+def test_a_window_of_one_row_is_refused_and_one_of_few_is_warned_about(tmp_path, capfd):
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 3}
+    with pytest.raises(ICAError, match="a window is 1 row"):
+        run(tmp_path / "one", {"refresh_interval": 1}, **settings)
+    run(tmp_path / "few", {"refresh_interval": 3}, **settings)
+    assert "a window is 3 rows" in capfd.readouterr().err
+    run(tmp_path / "all", {"refresh_interval": 1, "refresh_scope": "all"}, **settings)
+    assert "a window" not in capfd.readouterr().err
+
+
+def test_a_second_train_with_another_model_scores_that_one(tmp_path):
+    trainer = build(tmp_path, {"retrieval": "policy"}, max_steps=3)
+    trainer.model_init = lambda: tiny.make_model()
+    trainer.train()
+    first = callback_of(trainer).scores.clone()
+    trainer.train()
+    assert callback_of(trainer)._engine.model is trainer.model
+    torch.testing.assert_close(callback_of(trainer).scores, first, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("interval", [1, 2, 4, 100, 0.1])

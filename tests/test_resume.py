@@ -58,6 +58,15 @@ def test_resumed_from_any_checkpoint_it_ends_the_same(tmp_path, name):
         assert callback_of(resumed).scored_rows == callback_of(whole).scored_rows
 
 
+def test_resumed_with_another_batch_size_inside_a_window_scores_the_rows_to_come(tmp_path, capfd):
+    """The host goes on with other rows than those that were scored ahead."""
+    run(tmp_path, BLOCKS["window"], **SAVING)
+    checkpoint = str(tmp_path / "checkpoint-2")
+    resumed = run(tmp_path / "on", BLOCKS["window"], resume=checkpoint, per_device_train_batch_size=4)
+    assert "another number of rows per step than in the checkpoint" in capfd.readouterr().err
+    assert callback_of(resumed).refreshes >= 2 and not torch.isnan(callback_of(resumed).weights).any()
+
+
 def test_given_weights_go_on(tmp_path):
     block = {"weights": str(write_weights(tmp_path / "w.parquet", np.linspace(0, 2, ROWS)))}
     whole = run(tmp_path / "whole", block, **SAVING)

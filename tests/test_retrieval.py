@@ -103,6 +103,13 @@ def test_demonstrations_that_do_not_fit_lower_k_and_are_counted(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_long_nearest_row_does_not_keep_the_others_away():
+    holdout = [row([20, 21, 22], response=tuple(range(800, 809))), *HOLDOUT]
+    assert choose("policy", k=2, holdout=holdout)[0][0] == 0, "the nearest"
+    fits = choose("policy", k=2, holdout=holdout, context=14)[0]
+    assert len(fits) == 2 and {holdout[i].longest for i in fits} == {5} and 2 in fits
+
+
 def test_a_holdout_smaller_than_k(capsys):
     assert choose("policy", k=9)[0] == sorted(choose("policy", k=9)[0], key=choose("policy", k=9)[0].index)
     assert {len(d) for d in choose("policy", k=9)} == {4}

@@ -432,6 +432,17 @@ def test_an_untrained_policy_leaves_the_band_to_the_other_scorer():
     np.testing.assert_array_equal(depth >= 0, [False, False, True, True, True, True, False, False])
 
 
+def test_a_factor_leaves_the_band_as_it_is():
+    depths, tokens = np.linspace(-0.25, 0.25, 9), np.ones(9, int)
+    kept = [
+        weights_from_scores(
+            depths, parse_config({"holdout": "x", "score": name, "weighting": "band"}), tokens=tokens, by_token=False
+        )
+        for name in ("ica-irm", "0.5*ica-irm")
+    ]
+    assert [(weights.values > 0).tolist() for weights in kept] == [(depths >= 0).tolist()] * 2
+
+
 @pytest.mark.parametrize("name", ["ica-irm", "lossdiff-irm"])
 def test_band_scorers_of_a_policy(name):
     context = make_context(name, "pair", holdout_adapter={"steps": 2})
@@ -526,6 +537,13 @@ def test_wrong_sets(holdout, message):
         parse_config({"holdout": holdout})
 
 
+def test_several_sets_and_a_band_of_depths():
+    sets = [{"name": "a", "path": "a"}, {"name": "b", "path": "b"}]
+    with pytest.raises(ICAError, match="goes with one holdout alone; with several use `top`"):
+        parse_config({"holdout": sets, "score": "ica-irm", "weighting": "band"})
+    parse_config({"holdout": sets, "score": "ica-irm", "weighting": "top"})
+
+
 # Where a scorer is not defined, and rows that cannot be scored.
 
 
@@ -543,6 +561,22 @@ def test_wrong_sets(holdout, message):
 def test_refusals(name, kind, lora, message):
     with pytest.raises(ICAError, match=message):
         score(make_context(name, kind, make_lora() if lora else make_model()))
+
+
+@pytest.mark.parametrize("name, kind", [("rho", "sft"), ("irm", "pair")])
+def test_an_adapter_that_took_a_part_of_the_base_is_no_reference(name, kind):
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="olora", task_type="CAUSAL_LM")
+    with pytest.raises(ICAError, match="`init_lora_weights: olora` moves a part of the base weights"):
+        score(make_context(name, kind, get_peft_model(make_model(), adapter)))
+
+
+def test_rho_trains_an_adapter_on_the_embedding_and_leaves_unused_parts():
+    """LoRA of an embedding has no `.weight`, and a matrix that no row uses (an expert, a vision tower) has no gradient."""
+    model = make_model()
+    model.unused = torch.nn.Linear(4, 4)
+    adapter = LoraConfig(r=4, target_modules=["embed_tokens", "unused"], task_type="CAUSAL_LM")
+    context = make_context("rho", model=get_peft_model(model, adapter), holdout_adapter={"steps": 3, "learning_rate": 0.1})
+    assert np.abs(score(context)).max() > 1e-3
 
 
 def test_a_missing_holdout_adapter_is_named(tmp_path):

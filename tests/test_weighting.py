@@ -42,6 +42,12 @@ def test_rank_top_and_band():
     assert weigh(SCORES, weighting="band", band=[0.2, 0.8]).values.tolist() == [0, 1.5, 1.5, 1.5, 1.5, 0]
 
 
+def test_rows_that_tie_at_the_cut_of_top_share_what_is_left():
+    """Equal scores have equal weights: the rows' order decides nothing."""
+    assert weigh([7, 7, 7, 7], weighting="top", keep=0.5).values.tolist() == [1, 1, 1, 1]
+    assert np.allclose(weigh([1, 7, 7, 9, 0, 7], weighting="top", keep=0.5).values, 2 * np.array([0, 2 / 3, 2 / 3, 1, 0, 2 / 3]))
+
+
 @given(
     scores=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40),
     tokens=st.lists(st.integers(1, 500), min_size=40, max_size=40),
@@ -79,7 +85,7 @@ def test_clipping_gives_what_it_takes_to_the_other_rows():
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_equal_scores_give_equal_weights(scheme):
-    weights = weigh(np.full(10, 0.1), weighting=scheme, keep=1.0).values
+    weights = weigh(np.full(10, 0.1), weighting=scheme).values
     assert np.allclose(weights, 1)
 
 

@@ -31,6 +31,12 @@ from ..weights_file import read_weights
 from .trainer import SHARDED, attach_examples, prepare_like_train
 
 SUPPORTED_RL = ("dpo", "ipo", "simpo", "orpo", "kto")
+UNSUPPORTED_KEYS = {
+    "kd_trainer": "distillation's loss passes by the model's own output, where weights act",
+    "diffusion": "rows are scored by causal log-probs, which a diffusion model does not have",
+    "use_ray": "Ray trains in processes of its own",
+    "balance_labels": "its sampler asks for the host's own collator, which the plugin wraps",
+}
 # Keys of a dataset entry that say where its rows are; the others say how to read them.
 LOCATION_KEYS = {"path", "name", "split", "data_files", "ds_type", "revision", "shards", "shards_idx", "preprocess_shards"}
 LOCAL_ENDINGS = {".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt"}
@@ -95,9 +101,12 @@ def refuse_unsupported(cfg: DictDefault) -> None:
         )
     if (cfg.context_parallel_size or 1) > 1:
         raise ICAError("context_parallel_size > 1 is not supported by ica_plugin: rows are split over ranks. Set it to 1.")
-    for key in ("deepspeed", "fsdp", "fsdp_config"):
-        if cfg[key]:
+    for key in ("deepspeed", "fsdp", "fsdp_config", "tensor_parallel_size", "expert_parallel_size"):
+        if cfg[key] and cfg[key] != 1:
             raise ICAError(f"{key} {SHARDED}")
+    for key, why in UNSUPPORTED_KEYS.items():
+        if cfg[key]:
+            raise ICAError(f"{key} is not supported by ica_plugin: {why}.")
 
 
 def holdout_entry(cfg: DictDefault, holdout: str | dict[str, Any]) -> tuple[str, DictDefault]:

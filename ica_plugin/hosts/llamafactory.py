@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,23 +189,22 @@ def refuse_unsupported(args: dict[str, Any], config: ICAConfig) -> None:
         raise ICAError(
             f"{elsewhere[0]} trains outside transformers' Trainer in this process, which ica_plugin cannot reach. Unset it."
         )
-    if config.weights is not None:
-        _refuse_renumbered_rows(args)
+    if config.weights is not None and (moved := _renumbering(args)):
+        raise ICAError(
+            f"`ica.weights` names rows by their place in the dataset, and `{moved}` puts rows elsewhere. Remove it (for an evaluation set "
+            "of its own there is `eval_dataset`)."
+        )
 
 
-def _refuse_renumbered_rows(args: dict[str, Any]) -> None:
+def _renumbering(args: Mapping[str, Any]) -> str:
+    """The setting that puts rows elsewhere than in the dataset; "" where they stand as there."""
     moves = {
         "packing": args.get("packing"),
         "neat_packing": args.get("neat_packing"),
         "val_size": float(args.get("val_size") or 0) > 0,
         "mix_strategy": args.get("mix_strategy", "concat") != "concat",
     }
-    for key, moved in moves.items():
-        if moved:
-            raise ICAError(
-                f"`ica.weights` names rows by their place in the dataset, and `{key}: {args[key]}` puts rows elsewhere. Remove "
-                f"`{key}` (for an evaluation set of its own there is `eval_dataset`)."
-            )
+    return next((f"{key}: {args[key]}" for key, moved in moves.items() if moved), "")
 
 
 def attach(trainer: Trainer, config: ICAConfig) -> ICACallback:
@@ -229,7 +228,13 @@ def attach(trainer: Trainer, config: ICAConfig) -> ICACallback:
             raise ICAError(
                 f"the training rows have `{column}`, and ica_plugin cannot score multimodal rows yet. Remove the `ica:` block."
             )
-    return attach_examples(trainer, config, read_holdout=lambda one: _read_holdout(trainer, one, run))
+    moved = _renumbering(vars(run.data_args))
+    return attach_examples(
+        trainer,
+        config,
+        read_holdout=lambda one: _read_holdout(trainer, one, run),
+        moved_rows=f"`{moved}` puts them elsewhere" if moved else "",
+    )
 
 
 def _read_holdout(trainer: Trainer, config: ICAConfig, run: Any) -> tuple[str, list[Example]]:
@@ -416,7 +421,7 @@ def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, None]:
         changes: keys of the `ica:` block that replace the config's.
 
     Returns:
-        the callback, and None: LLaMA-Factory keeps the rows in the order of the file.
+        the callback, and None: LLaMA-Factory keeps the rows in the order of the file, or the callback's files say that it does not.
 
     Raises:
         ICAError: what is wrong with the config.

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, load_dataset, load_from_disk
+from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
@@ -31,8 +32,8 @@ COUPLED_LOSSES = {"aot", "aot_pair", "aot_unpaired", "bco", "bco_pair"}
 LENGTH_NORMALIZED_LOSSES = {"simpo", "orpo", "sigmoid_norm"}
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 SHARDED = (
-    "is not supported yet: its ranks must run the same forwards together, which scoring does not. Use one process or DDP (drop "
-    "`fsdp`/`deepspeed` from the config)."
+    "is not supported yet: its ranks must run the same forwards together, which scoring does not. Take it out of the config; one "
+    "process and DDP work."
 )
 
 
@@ -206,6 +207,7 @@ def _refuse_what_cannot_be_weighted(trainer: Trainer) -> None:
         )
     if len(dataset) == 0:
         raise ICAError("the train dataset has no rows.")
+    _refuse_other_models(trainer)
     coupled = loss_types(trainer) & COUPLED_LOSSES
     if coupled:
         raise ICAError(
@@ -215,6 +217,23 @@ def _refuse_what_cannot_be_weighted(trainer: Trainer) -> None:
     kind = trainer.accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ICAError(f"{kind.value} {SHARDED}")
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")) or any(
+        isinstance(parameter, DTensor) for parameter in trainer.model.parameters()
+    ):
+        raise ICAError(f"tensor, context or sequence parallelism {SHARDED}")
+    if trainer.args.n_gpu > 1:
+        raise ICAError(
+            f"one process would train on {trainer.args.n_gpu} GPUs (nn.DataParallel), whose replicas see parts of a batch. Start it with "
+            "`torchrun` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+
+
+def _refuse_other_models(trainer: Trainer) -> None:
+    if getattr(trainer.model.config, "is_encoder_decoder", False):
+        raise ICAError(f"{type(trainer.model).__name__} is an encoder-decoder; ica_plugin weights causal language models.")
+    if getattr(trainer.data_collator, "mlm", False):
+        raise ICAError("the collator masks tokens (`mlm=True`), and ica_plugin scores causal language models. Set `mlm=False`.")
 
 
 def loss_types(trainer: Trainer) -> set[str]:

@@ -10,6 +10,9 @@ from torch import nn
 
 from ..errors import ICAError
 
+# LoRA's beginnings that leave the base weights as they are.
+BESIDE_THE_BASE = {"gaussian", "eva", "orthogonal"}
+
 
 def require_adapter(model: nn.Module, why: str) -> None:
     """Raise ICAError unless the policy is a PEFT model. `why`: what needs the adapter."""
@@ -30,6 +33,16 @@ def require_lora(model: nn.Module, why: str) -> Any:
     if config.peft_type.value != "LORA":
         raise ICAError(f"ica.score: {why}, which needs LoRA; this run trains {config.peft_type.value}.")
     return config
+
+
+def require_untouched_base(model: nn.Module) -> None:
+    """Raise ICAError where the adapter took a part of the base weights, so that the base alone is no reference model."""
+    start = getattr(model.peft_config[_active(model)], "init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in BESIDE_THE_BASE:
+        raise ICAError(
+            f"ica.score: `init_lora_weights: {start}` moves a part of the base weights into the adapter, so the policy with its adapter "
+            "switched off is no reference. Use the default initialisation, or a scorer that needs no reference (docs/scorers.md)."
+        )
 
 
 @contextmanager

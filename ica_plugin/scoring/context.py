@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import ICAError
 from ..examples import Example, Sequence
 from ..holdout import Holdout
-from .adapters import require_adapter, without_adapter
+from .adapters import require_adapter, require_untouched_base, without_adapter
 from .engine import Engine, Progress
 from .ica import Scores, ica_scores
 
@@ -101,6 +101,7 @@ class ScoringContext:
             ICAError: the policy has no adapter.
         """
         require_adapter(self.engine.model, "a reference model is the policy with its adapter switched off")
+        require_untouched_base(self.engine.model)
         with without_adapter(self.engine.model):
             return self.logprob_sums(self.examples)
 

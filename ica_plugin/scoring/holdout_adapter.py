@@ -11,7 +11,7 @@ import torch
 
 from ..errors import ICAError
 from ..log import get_logger
-from .adapters import adapter_swapped, require_lora
+from .adapters import adapter_swapped, require_lora, require_untouched_base
 from .context import ScoringContext, losses
 from .gradients import pair_references, row_loss
 
@@ -34,6 +34,7 @@ def rho(context: ScoringContext) -> np.ndarray:
         ICAError: the policy is not a LoRA, or the adapter at `holdout_adapter.path` cannot be loaded.
     """
     require_lora(context.engine.model, "rho and lossdiff put a second LoRA, tuned on the holdout, beside the policy's")
+    require_untouched_base(context.engine.model)
     reference = None if context.kind != "pair" or context.length_normalize else context.reference_sums
     tuned = _tuned_sums(context)
     policy, best = (losses(sums, reference, context.examples, context.beta) for sums in (context.sums, tuned))
@@ -105,7 +106,7 @@ def _train(context: ScoringContext) -> None:
     model, settings, rows = context.engine.model, context.config.holdout_adapter, context.shown
     references = pair_references(context, rows)
     model.set_adapter(NAME)
-    parameters = [parameter for name, parameter in model.named_parameters() if f".{NAME}." in name]
+    parameters = [parameter for name, parameter in model.named_parameters() if NAME in name.split(".")]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     rng, order = np.random.default_rng(context.config.seed), []
     with context.engine.undisturbed(gradient=True):
@@ -119,8 +120,9 @@ def _train(context: ScoringContext) -> None:
                     batch
                 )
                 # Not `backward`, which would also reach what the run trains beside its adapter.
-                for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+                    if gradient is not None:
+                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
                 total += loss.item()
             optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - step / settings.steps)
             optimizer.step()

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from ..decoder import decoder_of
 from ..examples import Sequence
 from .logits import label_logprobs
 from .memory import Budget
@@ -46,7 +47,7 @@ class PackedPath:
 
     def __init__(self, model: nn.Module, base: nn.Module, device: torch.device, attention: Attention):
         self._model = model
-        self._decoder = base.get_decoder()
+        self._decoder = decoder_of(base)
         self._device = device
         self.attention = attention
         self._configs = _attention_configs(model)
@@ -72,7 +73,7 @@ class PackedPath:
             return [np.zeros(0, np.float32)] * len(sequences)
         nodes, rows = np.unique(predicted_at, return_inverse=True)
         labels = np.concatenate([s.tokens[at] for s, at in zip(sequences, positions, strict=True)])
-        logits = self._forward(self._model, tree, logits_to_keep=self._to_device(nodes)).logits[0]
+        logits = self._forward(self._model, tree, logits_to_keep=self._to_device(nodes)).logits[0].to(self._device)
         if len(logits) != len(nodes):
             raise RuntimeError(f"asked for logits at {len(nodes)} positions, got {len(logits)}")
         values = label_logprobs(logits, self._to_device(rows), self._to_device(labels)).cpu().numpy()
@@ -81,7 +82,7 @@ class PackedPath:
     def embeddings(self, prompts: list[np.ndarray]) -> np.ndarray:
         """float32 [n, H]: see `Engine.embeddings`. Prompts in the order of `split`."""
         tree = grow(prompts)
-        hidden = self._forward(self._decoder, tree).last_hidden_state[0].float()
+        hidden = self._forward(self._decoder, tree).last_hidden_state[0].to(self._device).float()
         pooled = []
         for path in tree.paths:
             weight = torch.arange(1, len(path) + 1, dtype=torch.float32, device=self._device)

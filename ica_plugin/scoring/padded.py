@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..decoder import decoder_of
 from ..examples import Sequence
 from .logits import label_logprobs
 from .memory import Budget
@@ -24,7 +25,7 @@ class PaddedPath:
 
     def __init__(self, model: nn.Module, base: nn.Module, device: torch.device):
         self._model = model
-        self._decoder = base.get_decoder()
+        self._decoder = decoder_of(base)
         self._device = device
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
 
@@ -56,7 +57,7 @@ class PaddedPath:
         if len(columns) == 0:
             return [np.zeros(0, np.float32)] * len(sequences)
         keep = {"logits_to_keep": columns - 1} if self._keeps_logits else {}
-        logits = self._model(input_ids=tokens, attention_mask=attention, use_cache=False, **keep).logits
+        logits = self._model(input_ids=tokens, attention_mask=attention, use_cache=False, **keep).logits.to(self._device)
         if not self._keeps_logits:
             logits = logits[:, columns - 1]
         values = []
@@ -68,7 +69,7 @@ class PaddedPath:
     def embeddings(self, prompts: list[np.ndarray]) -> np.ndarray:
         """float32 [n, H]: see `Engine.embeddings`."""
         tokens, attention = _pad(prompts, self._device)
-        hidden = self._decoder(input_ids=tokens, attention_mask=attention, use_cache=False).last_hidden_state
+        hidden = self._decoder(input_ids=tokens, attention_mask=attention, use_cache=False).last_hidden_state.to(self._device)
         weight = (attention.cumsum(dim=1) * attention).float()
         # A product and a sum, since autocast would take a matrix product in half precision.
         pooled = (weight[..., None] * hidden.float()).sum(1) / weight.sum(1, keepdim=True)

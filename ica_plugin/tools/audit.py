@@ -202,7 +202,9 @@ class _Audit:
         """AUROC of each scorer for clean rows against their corrupted copies, scored together; and the kinds of corruption
         that too few of the planted rows allow, with how many do."""
         callback = self.callback
-        picked = sorted(rng.choice(len(self.sample), min(planted, len(self.sample)), replace=False).tolist())
+        # A corrupted undesirable row is rightly the better one.
+        good = [i for i, row in enumerate(self.sample) if callback.train[row].desirable]
+        picked = sorted(rng.choice(good, min(planted, len(good)), replace=False).tolist())
         clean = [callback.train[self.sample[i]] for i in picked]
         shown = [self.demonstrations[i] for i in picked]
         hidden = [callback.holdout.hidden_from[self.sample[i]] for i in picked]

@@ -20,3 +20,15 @@ def test_score(tmp_path, tiny_model):
     table = pq.read_table(out)
     assert table["row"].to_pylist() == list(range(9)) and np.isfinite(table["rho"].to_numpy()).all()
     assert not (tmp_path / "out").exists()
+
+
+def test_select_refuses_rows_that_packing_moved(tmp_path, tiny_model):
+    rows = tiny.sft_rows(9, seed=1)
+    write_data(tmp_path, "sft", rows, tiny.sft_rows(6, seed=9))
+    keys = run_args(tmp_path, tiny_model, "sft", **LORA) | {"neat_packing": True, "ica": {"holdout": "good", "k": 2}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(keys))
+    out, data = tmp_path / "scores.parquet", tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    result = CliRunner().invoke(app, ["score", str(tmp_path / "config.yaml"), "--out", str(out)])
+    assert result.exit_code == 0 and pq.read_table(out).num_rows == 9, result.output
+    result = CliRunner().invoke(app, ["select", str(out), "--data", str(data), "--out", str(tmp_path / "best.jsonl")])
+    assert result.exit_code == 1 and "`neat_packing: True` puts them elsewhere" in result.output
