@@ -67,7 +67,7 @@ def test_share(tmp_path, scores, keep, rows):
 def test_rows_that_the_host_moved_are_refused(tmp_path, scores):
     table = pq.read_table(scores).replace_schema_metadata({"ica_moved_rows": "they are shuffled"})
     pq.write_table(table, tmp_path / "run.parquet")
-    with pytest.raises(ICAError, match="do not stand as in the data file: they are shuffled. Take the scores from"):
+    with pytest.raises(ICAError, match="do not stand as in the data file: they are shuffled. `ica-plugin score"):
         select_rows(tmp_path / "run.parquet", write(tmp_path / "data.jsonl", ROWS), tmp_path / "out.jsonl", 0.5)
 
 

@@ -199,8 +199,8 @@ def refuse_unsupported(args: dict[str, Any], config: ICAConfig) -> None:
 def _renumbering(args: Mapping[str, Any]) -> str:
     """The setting that puts rows elsewhere than in the dataset; "" where they stand as there."""
     moves = {
+        "neat_packing": args.get("neat_packing"),  # which sets the next
         "packing": args.get("packing"),
-        "neat_packing": args.get("neat_packing"),
         "val_size": float(args.get("val_size") or 0) > 0,
         "mix_strategy": args.get("mix_strategy", "concat") != "concat",
     }

@@ -69,8 +69,8 @@ def _last_scores(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
     metadata = table.schema.metadata or {}
     if MOVED_ROWS.encode() in metadata:
         raise ICAError(
-            f"its rows do not stand as in the data file: {metadata[MOVED_ROWS.encode()].decode()}. Take the scores from "
-            "`ica-plugin score <config> --out scores.parquet`, which notes each row's place in the file."
+            f"its rows do not stand as in the data file: {metadata[MOVED_ROWS.encode()].decode()}. `ica-plugin score <config> "
+            "--out scores.parquet` notes each row's place with Axolotl; with LLaMA-Factory take that setting out to score."
         )
     expected = int(metadata.get(SOURCE_ROWS.encode(), len(last)))
     known = last[np.isfinite(score[last]) & (place[last] >= 0)]
