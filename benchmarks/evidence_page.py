@@ -83,7 +83,7 @@ def methods(results: dict[str, Any]) -> str:
                 cells += ["", ""]
                 continue
             gain = gains(results, name, metric)
-            apart = f"{gain.mean() / gain.std(ddof=1):+.1f}" if len(gain) > 1 and gain.std(ddof=1) > 0 else ""
+            apart = f"{gain.mean() / gain.std(ddof=1):+.1f}" if len(gain) > 1 and gain.std(ddof=1) > 1e-9 else ""
             cells += ["", ""] if name == "no weighting" else [_spread(gain, digits[metric], "+"), apart]
         seconds = (
             [""] * 2
