@@ -117,14 +117,6 @@ def examples_from_batch(batch: Mapping[str, Any], rows: int) -> list[Example]:
         return [Example((one,), "unpaired", bool(good)) for one, good in zip(responses, batch["label"], strict=True)]
     if "input_ids" in batch and ("completion_mask" in batch or "labels" in batch):
         mask = batch["completion_mask"] != 0 if "completion_mask" in batch else batch["labels"] != -100
-        if (
-            "labels" in batch
-            and batch["labels"].shape == batch["input_ids"].shape
-            and (batch["labels"] != batch["input_ids"])[mask].any()
-        ):
-            raise ICAError(
-                "the labels are other tokens than those of the rows (masked or denoised); ica_plugin scores causal language models."
-            )
         sequences = _masked(batch["input_ids"], mask, batch.get("attention_mask"))
         tags = batch.get("kto_tags", batch.get("label") if "completion_mask" in batch else None)
         if tags is not None:
