@@ -11,10 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.state import GradientState
 
 import tiny
 from checks import callback_of
 from ica_plugin.errors import ICAError
+from ica_plugin.look_ahead import LookAhead
+from ica_plugin.row_ids import ROW_IDS
 from processes import torchrun
 from runs import ROWS, Recorder, build, refreshes, run
 
@@ -37,6 +40,17 @@ def test_a_window_of_one_row_is_refused_and_one_of_few_is_warned_about(tmp_path,
     assert "a window is 3 rows" in capfd.readouterr().err
     run(tmp_path / "all", {"refresh_interval": 1, "refresh_scope": "all"}, **settings)
     assert "a window" not in capfd.readouterr().err
+
+
+def test_batches_that_wait_do_so_in_the_cpus_memory():
+    """`meta` stands for a GPU: what was drawn can be read until it is handed on."""
+    ahead = LookAhead(GradientState(), torch.device("meta"))
+    batches = iter([{ROW_IDS: torch.tensor([1, 0]), "input_ids": torch.ones(2, 3)}, {ROW_IDS: torch.tensor([2])}])
+    ahead.draw(batches, 1)
+    assert ahead.rows == [0, 1]
+    first, second = ahead.hand_on(batches)
+    assert {value.device.type for value in first.values()} == {"meta"} and first["input_ids"].shape == (2, 3)
+    assert second[ROW_IDS].tolist() == [2], "never drawn ahead"
 
 
 def test_a_second_train_with_another_model_scores_that_one(tmp_path):
