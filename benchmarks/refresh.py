@@ -4,7 +4,7 @@
 
 A window's rows share demonstrations with fewer rows than all rows do, which is what windows cost; every row is scored
 once either way. With `--share` below 1 only that share of the forwards is run, evenly spread by size. Retrieval is done once on
-either side and counted in both. Writes docs/benchmarks/refresh-<machine>.md.
+either side and counted in both. Writes docs/benchmarks/refresh-<machine>-<data>.md.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main() -> None:
         ]
     )
     DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / ("refresh-" + re.sub(r"[^a-z0-9]+", "-", machine_name().lower()).strip("-") + ".md")).write_text(text)
+    (DOCS / ("refresh-" + re.sub(r"[^a-z0-9]+", "-", f"{machine_name()} {name}".lower()).strip("-") + ".md")).write_text(text)
     print(text)
 
 

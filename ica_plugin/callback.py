@@ -99,7 +99,6 @@ class ICACallback(TrainerCallback):
         self._started, self._scored_here = time.monotonic(), 0.0
         self._due = self.scores_itself
         self._interval = self.config.interval_steps(state.max_steps)
-        self._check_window()
         self._mid_epoch = False
         if self._resumed is not None:
             # A checkpoint at an epoch's end goes on with the next one, and so does a run that skips no data.
@@ -134,21 +133,19 @@ class ICACallback(TrainerCallback):
 
     @property
     def _rows_per_step(self) -> int:
-        """Rows of an optimizer step, over all processes."""
+        """Rows of the trainer's dataset, packed or not, in an optimizer step, over all processes."""
         trainer = self.trainer
         return trainer._train_batch_size * trainer.args.gradient_accumulation_steps * trainer.accelerator.num_processes
 
-    def _check_window(self) -> None:
-        if not (self.scores_itself and self._by_window):
-            return
-        rows = self._interval * self._rows_per_step
+    def _check_window(self, rows: int) -> None:
+        """Refuse a run whose first window is one row of many, and warn about few; a packed batch holds many rows."""
         advice = "Take a longer `refresh_interval`, or `refresh_scope: all`"
-        if rows == 1:
+        if rows == 1 < len(self.train):
             raise ICAError(
                 "ica.refresh_interval: a window is 1 row, and rows are weighted against the others of their window, so every weight would be "
                 f"1. {advice}."
             )
-        if rows < FEW_ROWS:
+        if rows < min(FEW_ROWS, len(self.train)):
             get_logger().warning(
                 "ica.refresh_interval: a window is %d rows, and rows are weighted against the others of their window alone. %s.",
                 rows,
@@ -174,6 +171,8 @@ class ICACallback(TrainerCallback):
             if self._by_window:
                 steps = min(self._interval, self.trainer.state.max_steps - self.trainer.state.global_step)
                 self._ahead.draw(batches, steps * micro_batches)
+                if self.refreshes == 0 and steps == self._interval:
+                    self._check_window(len(self._ahead.rows) * self.trainer.accelerator.num_processes)
                 self.refresh(self._ahead.rows, shared=False, steps=steps)
             else:
                 self.refresh(list(range(len(self.train))), shared=True, steps=self._interval)
