@@ -137,19 +137,13 @@ class ICACallback(TrainerCallback):
         trainer = self.trainer
         return trainer._train_batch_size * trainer.args.gradient_accumulation_steps * trainer.accelerator.num_processes
 
-    def _check_window(self, rows: int) -> None:
-        """Refuse a run whose first window is one row of many, and warn about few; a packed batch holds many rows."""
-        advice = "Take a longer `refresh_interval`, or `refresh_scope: all`"
-        if rows == 1 < len(self.train):
-            raise ICAError(
-                "ica.refresh_interval: a window is 1 row, and rows are weighted against the others of their window, so every weight would be "
-                f"1. {advice}."
-            )
+    def _warn_of_small_window(self, rows: int) -> None:
         if rows < min(FEW_ROWS, len(self.train)):
             get_logger().warning(
-                "ica.refresh_interval: a window is %d rows, and rows are weighted against the others of their window alone. %s.",
+                "ica.refresh_interval: a window is %d row(s), and rows are weighted against the others of their window alone%s. Take a longer "
+                "`refresh_interval`, or `refresh_scope: all`.",
                 rows,
-                advice,
+                ": every weight is 1, and nothing is reweighted" if rows == 1 else "",
             )
 
     def before_update(self, batches: Iterator[dict], micro_batches: int) -> Iterator[dict]:
@@ -172,7 +166,7 @@ class ICACallback(TrainerCallback):
                 steps = min(self._interval, self.trainer.state.max_steps - self.trainer.state.global_step)
                 self._ahead.draw(batches, steps * micro_batches)
                 if self.refreshes == 0 and steps == self._interval:
-                    self._check_window(len(self._ahead.rows) * self.trainer.accelerator.num_processes)
+                    self._warn_of_small_window(len(self._ahead.rows) * self.trainer.accelerator.num_processes)
                 self.refresh(self._ahead.rows, shared=False, steps=steps)
             else:
                 self.refresh(list(range(len(self.train))), shared=True, steps=self._interval)
