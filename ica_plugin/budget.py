@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from .config import ICAConfig
-from .examples import Example, Sequence
+from .examples import Example, Sequence, scored_tokens
 from .holdout import Holdout
 from .log import get_logger
 from .scoring.engine import Engine
@@ -134,7 +134,7 @@ class Budgeted:
                 )
                 self.holdout = self.holdout.part([shown[i] for i in kept])
             self.embed([prompts[i] for i in kept], engine.embeddings)
-        tokens = np.array([row.supervised_tokens if row.can_be_scored else 0 for row in self._train])
+        tokens = scored_tokens(self._train)
         features = row_features(engine.input_embeddings, self._train)
         self.neighbours = Neighbours(features, tokens, self._config, by_token=self._train[0].kind == "sft")
         allowance.set_up()

@@ -47,8 +47,8 @@ def weights_from_scores(
 
     `softmax`: w ∝ exp(z / temperature), z = (s − mean) / std, none above `max_weight`. `minmax` (arXiv 2510.14459,
     eq. 9): w ∝ (s − min) / (max − min) after clipping s to its `winsorize` quantiles. `rank`: w ∝ rank / n.
-    `top`, `band`: 1 or 0, where rows that tie at the cut of `top` share what is left (band: arXiv 2510.13212). All scaled to mean 1 over S; where all scores are equal,
-    all weights are.
+    `top`, `band`: 1 or 0, where rows that tie at the cut of `top` share what is left (band: arXiv 2510.13212). All scaled
+    to mean 1 over S; where all scores are equal, all weights are.
 
     Args:
         scores: float [n], nats.
