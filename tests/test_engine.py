@@ -309,7 +309,7 @@ def test_a_model_whose_siblings_see_each_other_is_not_packed(monkeypatch, caplog
     monkeypatch.setattr(packed, "_sees", lambda length, new: np.ones((new, length), bool))
     engine = Engine(model, device=CPU)
     assert engine.path.attention == "dense"
-    monkeypatch.setattr("ica_plugin.scoring.trees.Tree.mask", lambda tree: np.tri(len(tree.tokens), dtype=bool))
+    monkeypatch.setattr(packed, "_mask", lambda ends: torch.ones(len(ends), len(ends)).tril().bool())
     engine = Engine(model, device=CPU)
     with listening(caplog):
         np.testing.assert_allclose(engine.logprobs(sequences), one_at_a_time(model, sequences), atol=2e-4)
@@ -360,7 +360,7 @@ def test_trees_hold_every_sequence_once_within_limits(raw, max_tokens, max_predi
         assert len(index) == 1 or (len(tree.tokens) <= max_tokens and needed[index].sum() <= max_predictions)
         prefixes = {tuple(sequences[i][:n]) for i in index for n in range(1, len(sequences[i]) + 1)}
         assert len(tree.tokens) == len(prefixes)
-        mask = tree.mask()
+        mask = packed._mask(torch.from_numpy(tree.ends)).numpy()
         for i, path in zip(index, tree.paths, strict=True):
             assert (tree.tokens[path] == sequences[i]).all() and (tree.positions[path] == np.arange(len(path))).all()
             for at, node in enumerate(path):

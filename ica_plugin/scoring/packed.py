@@ -93,7 +93,7 @@ class PackedPath:
     def _forward(self, module: nn.Module, tree: Tree, **kwargs: Any) -> Any:
         inputs = {"input_ids": self._to_device(tree.tokens)[None], "position_ids": self._to_device(tree.positions)[None]}
         if self.attention == "dense":
-            inputs["attention_mask"] = self._to_device(tree.mask())[None, None]
+            inputs["attention_mask"] = _mask(self._to_device(tree.ends))[None, None]
         with self._attending(tree):
             return module(**inputs, use_cache=False, **kwargs)
 
@@ -147,6 +147,12 @@ def why_not_packed(base: nn.Module) -> str | None:
 def _attention_configs(model: nn.Module) -> list[Any]:
     found = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
     return list(found.values())
+
+
+def _mask(ends: torch.Tensor) -> torch.Tensor:
+    """bool [T, T] on the device of `ends`: True where the row's token attends to the column's, see `Tree.ends`."""
+    at = torch.arange(len(ends), device=ends.device)
+    return (at[:, None] >= at).logical_and_(at[:, None] < ends)
 
 
 def _sees(length: int, new: int) -> np.ndarray:

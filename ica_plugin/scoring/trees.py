@@ -18,6 +18,8 @@ class Tree:
         tokens: int64 [T]; a token stands after its parent.
         positions: int64 [T]; position of each token along its path, from 0.
         paths: per sequence, int64 [length]: where in the buffer its tokens stand.
+        ends: int64 [T]: where the tokens that come after each token on some path end; they stand right behind it, so a token
+            at `q` attends to the one at `k` if k ≤ q < ends[k].
         segments: per sequence, (start, stop): the tokens that it added to the buffer, the end of its path; the rest
             of the path is shared with sequences before it.
     """
@@ -25,16 +27,8 @@ class Tree:
     tokens: np.ndarray
     positions: np.ndarray
     paths: list[np.ndarray]
+    ends: np.ndarray
     segments: list[tuple[int, int]]
-
-    def mask(self) -> np.ndarray:
-        """bool [T, T]: True where the row's token attends to the column's."""
-        size = len(self.tokens)
-        mask = np.zeros((size, size), bool)
-        for path, (start, stop) in zip(self.paths, self.segments, strict=True):
-            mask[start:stop, path[: len(path) - (stop - start)]] = True
-            mask[start:stop, start:stop] = np.tri(stop - start, dtype=bool)
-        return mask
 
 
 def grow(sequences: list[np.ndarray]) -> Tree:
@@ -44,11 +38,13 @@ def grow(sequences: list[np.ndarray]) -> Tree:
         sequences: int64 [length] tokens each, in the order of `split_into_trees`.
     """
     tokens, positions, paths, segments = [], [], [], []
+    ends = np.zeros(sum(map(len, sequences)), np.int64)
     size = 0
     before = path = np.zeros(0, np.int64)
     for sequence in sequences:
         shared = common_prefix(before, sequence)
         new = len(sequence) - shared
+        ends[path[shared:]] = size
         path = np.concatenate([path[:shared], np.arange(size, size + new)])
         tokens.append(sequence[shared:])
         positions.append(np.arange(shared, len(sequence)))
@@ -56,7 +52,8 @@ def grow(sequences: list[np.ndarray]) -> Tree:
         segments.append((size, size + new))
         size += new
         before = sequence
-    return Tree(np.concatenate(tokens), np.concatenate(positions), paths, segments)
+    ends[path] = size
+    return Tree(np.concatenate(tokens), np.concatenate(positions), paths, ends[:size], segments)
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
