@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import re
 import tempfile
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, LlamaConfig, Trainer, TrainingArguments
 
 from ica_plugin import attach
-from scoring import DOCS, alpaca, gsm8k, machine_name, tokenise
+from scoring import alpaca, gsm8k, machine_name, page, tokenise
 
 
 def dataset(examples) -> Dataset:
@@ -145,8 +144,7 @@ def main() -> None:
             "",
         ]
     )
-    DOCS.mkdir(parents=True, exist_ok=True)
-    file = DOCS / ("budget-" + re.sub(r"[^a-z0-9]+", "-", machine_name().lower()).strip("-"))
+    file = page(f"budget {machine_name()}")
     file.with_suffix(".md").write_text(text)
     file.with_suffix(".json").write_text(
         json.dumps(

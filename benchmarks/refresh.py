@@ -10,7 +10,6 @@ either side and counted in both. Writes docs/benchmarks/refresh-<machine>-<data>
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from ica_plugin.config import ICAConfig
 from ica_plugin.holdout import check_holdout
 from ica_plugin.retrieval import retrieve
 from ica_plugin.scoring.engine import Engine
-from scoring import DOCS, K, Trees, alpaca, compare, flatten, gsm8k, machine_name, tokenise
+from scoring import K, Trees, alpaca, compare, flatten, gsm8k, machine_name, page, tokenise
 
 
 class Windows(Trees):
@@ -97,8 +96,7 @@ def main() -> None:
             "",
         ]
     )
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / ("refresh-" + re.sub(r"[^a-z0-9]+", "-", f"{machine_name()} {name}".lower()).strip("-") + ".md")).write_text(text)
+    page(f"refresh {machine_name()} {name}").with_suffix(".md").write_text(text)
     print(text)
 
 

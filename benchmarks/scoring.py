@@ -424,6 +424,12 @@ def machine_name() -> str:
     return found.group(1).strip() if found else platform.processor() or "CPU"
 
 
+def page(title: str) -> Path:
+    """Where a page of that title goes in docs/, without its suffix."""
+    DOCS.mkdir(parents=True, exist_ok=True)
+    return DOCS / re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
 def load(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -496,8 +502,7 @@ def main() -> None:
         ("pairs", pairs, args.pairs, 250, 50),
     ]
     results, memory = [], None
-    DOCS.mkdir(parents=True, exist_ok=True)
-    file = DOCS / re.sub(r"[^a-z0-9]+", "-", (args.name or f"{machine['name']} {machine['model']}").lower()).strip("-")
+    file = page(args.name or f"{machine['name']} {machine['model']}")
     for name, read, path, n, held in sources:
         if not path:
             continue
