@@ -4,7 +4,7 @@
 
 A window's rows share demonstrations with fewer rows than all rows do, which is what windows cost; every row is scored
 once either way. With `--share` below 1 only that share of the forwards is run, evenly spread by size. Retrieval is done once on
-either side and counted in both. Writes docs/benchmarks/refresh-<machine>-<data>.md.
+either side and counted in both. Writes docs/benchmarks/refresh-<machine>-<data>-<retrieval>.md.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from ica_plugin.config import ICAConfig
 from ica_plugin.holdout import check_holdout
 from ica_plugin.retrieval import retrieve
 from ica_plugin.scoring.engine import Engine
-from scoring import K, Trees, alpaca, compare, flatten, gsm8k, machine_name, page, tokenise
+from scoring import K, Trees, alpaca, compare, flatten, gsm8k, machine_name, page, pairs, tokenise
 
 
 class Windows(Trees):
-    """The forwards of an epoch that is scored window by window."""
+    """The forwards of an epoch that is scored window by window; each row has `passes` sequences."""
 
-    def __init__(self, engine: Engine, sequences, windows: list[np.ndarray]):
+    def __init__(self, engine: Engine, sequences, windows: list[np.ndarray], passes: int):
         super().__init__(engine, sequences)
         self.batches = []
         for rows in windows:
-            index = [2 * row + i for row in sorted(rows) for i in range(2)]
+            index = [passes * row + i for row in sorted(rows) for i in range(passes)]
             needed = np.array([int(sequences[i].scored.sum()) for i in index])
             trees = engine.path.split([sequences[i].tokens for i in index], needed, engine.budget)
             self.batches += [[index[i] for i in tree] for tree in trees]
@@ -40,7 +40,7 @@ class Windows(Trees):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--gsm8k"), parser.add_argument("--alpaca")
+    parser.add_argument("--gsm8k"), parser.add_argument("--alpaca"), parser.add_argument("--pairs")
     parser.add_argument("--rows", type=int, default=800), parser.add_argument("--holdout", type=int, default=100)
     parser.add_argument("--windows", type=int, default=10, help="refreshes per epoch")
     parser.add_argument(
@@ -53,7 +53,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     engine = Engine(model, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    name, raw = ("GSM8K", gsm8k(args.gsm8k)) if args.gsm8k else ("Alpaca", alpaca(args.alpaca))
+    sources = [("GSM8K", gsm8k, args.gsm8k), ("Alpaca", alpaca, args.alpaca), ("pairs", pairs, args.pairs)]
+    name, raw = next((name, read(path)) for name, read, path in sources if path)
     examples = tokenise(tokenizer, raw[: args.rows + args.holdout], args.max_length)
     train, held = examples[: -args.holdout], examples[-args.holdout :]
     holdout = check_holdout(name, held, train, None)
@@ -74,7 +75,11 @@ def main() -> None:
         config = ICAConfig(holdout="unused", k=K, retrieval=args.retrieval, retrieval_groups=groups or None)
         shown = retrieve(train, holdout, config, rows=list(range(len(train))), context=None, embed=embed, decode=tokenizer.decode)
         sequences = flatten(train, shown, held)
-        stats, _ = compare({"once": Trees(engine, sequences), "windows": Windows(engine, sequences, windows)}, args.share, {})
+        stats, _ = compare(
+            {"once": Trees(engine, sequences), "windows": Windows(engine, sequences, windows, len(sequences) // len(train))},
+            args.share,
+            {},
+        )
         once, split = stats["once"], stats["windows"]
         whole = [retrieval_seconds + side["all_seconds"] for side in (once, split)]
         lines.append(
@@ -86,7 +91,8 @@ def main() -> None:
         [
             f"# Refreshing {args.windows} times an epoch on {machine_name()}",
             "",
-            f"{Path(args.model).name}, {len(train)} rows of {name}, {len(held)} in the holdout, demonstrations by {args.retrieval}, k = {K}, "
+            f"{Path(args.model).name}, {len(train)} {'pairs' if name == 'pairs' else f'rows of {name}'}, {len(held)} in the holdout, "
+            f"demonstrations by {args.retrieval}, k = {K}, "
             f"{torch.get_num_threads()} CPU thread(s), {args.share:.0%} of the forwards of each side run. Retrieval ({retrieval_seconds:,.0f} s) "
             "is in both times.",
             "",
@@ -96,7 +102,7 @@ def main() -> None:
             "",
         ]
     )
-    page(f"refresh {machine_name()} {name}").with_suffix(".md").write_text(text)
+    page(f"refresh {machine_name()} {name} {args.retrieval}").with_suffix(".md").write_text(text)
     print(text)
 
 

@@ -137,7 +137,7 @@ def test_losses(model: str, adapters: dict[str, Path], rows: Sequence[Row], batc
 
 def weights_table(kinds: Sequence[KindWeights]) -> Table:
     table = Table(
-        title="ICA weights by kind of training row",
+        title="Weights by kind of training row",
         caption="share of weight: the kind's share of weight × supervised tokens; without weights it would be its share of tokens",
     )
     table.add_column("group")
@@ -187,12 +187,12 @@ def draw_weights(kinds: Sequence[KindWeights], path: Path) -> None:
         heights = position + 0.4 * (torch.rand(len(kind.weights), generator=jitter) - 0.5)
         axes.scatter(kind.weights, heights, s=20, alpha=0.7, linewidths=0, color=COLOURS[GROUPS[kind.kind]])
     axes.axvline(1, color="black", linestyle=":", linewidth=1)
-    axes.annotate("without ICA: 1", (1, 0), xycoords=("data", "axes fraction"), xytext=(4, 4), textcoords="offset points")
+    axes.annotate("unweighted: 1", (1, 0), xycoords=("data", "axes fraction"), xytext=(4, 4), textcoords="offset points")
     axes.set_yticks(range(len(kinds)), [f"{kind.kind} ({len(kind.weights)} rows)" for kind in kinds])
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    axes.set_xlabel("ICA weight of a row")
-    axes.set_title("What ICA weights each training row, by kind (one point a row; box: quartiles)")
+    axes.set_xlabel("weight of a row")
+    axes.set_title("The weight of each training row, by kind (one point a row; box: quartiles)")
     axes.legend(handles=[Patch(color=colour, label=group) for group, colour in COLOURS.items()], loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
