@@ -4,12 +4,13 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from ica_plugin.cli import app
-from ica_plugin.tools.report import report_numbers
+from ica_plugin.tools.report import report_numbers, write_report
 from runs import run
 
 
@@ -41,11 +42,18 @@ def test_page_and_numbers(finished):
     assert numbers["highest"][0]["row"] == wide[2].idxmax() and numbers["lowest"][0]["row"] == wide[2].idxmin()
 
 
-def test_a_run_scored_once_has_nobody_who_gained(finished):
-    table = pq.read_table(finished / "ica" / "scores.parquet").to_pandas()
-    once = table[table.refresh == 0].to_dict("list")
-    numbers = report_numbers(once, json.loads((finished / "ica" / "run.json").read_text()))
+def test_a_run_scored_once_has_nobody_who_gained_and_no_plot_over_time(finished, tmp_path):
+    table = pq.read_table(finished / "ica" / "scores.parquet")
+    once = table.filter(pc.equal(table["refresh"], 0))
+    record = json.loads((finished / "ica" / "run.json").read_text())
+    numbers = report_numbers(once.to_pydict(), record)
     assert numbers["gained"] == numbers["lost"] == [] and len(numbers["refreshes"]) == 1
+    (tmp_path / "ica").mkdir()
+    pq.write_table(once, tmp_path / "ica" / "scores.parquet")
+    shutil.copy(finished / "ica" / "run.json", tmp_path / "ica")
+    page = write_report(tmp_path).read_text()
+    assert page.count("data:image/png;base64,") == 2 and "over time" not in page
+    assert "first weight" not in page and "first weight" in write_report(finished).read_text()
 
 
 def test_no_run(tmp_path, finished):

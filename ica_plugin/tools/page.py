@@ -17,7 +17,7 @@ TEMPLATE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 14px }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
-td.number { text-align: right } td { white-space: pre-wrap; overflow-wrap: anywhere }
+td { white-space: pre-wrap; overflow-wrap: anywhere } td.number { text-align: right; white-space: nowrap; overflow-wrap: normal }
 img { max-width: 100% } p { max-width: 48rem }
 </style></head><body><h1>{{ title }}</h1>
 {% for section in sections %}<h2>{{ section.title }}</h2>

@@ -120,6 +120,12 @@ def report_numbers(table: dict[str, list], run: dict[str, Any]) -> dict[str, Any
 def _sections(numbers: dict[str, Any]) -> list[Section]:
     refreshes = numbers["refreshes"]
     steps = [r["step"] for r in refreshes]
+    moved = bool(numbers["gained"] or numbers["lost"])
+
+    def weights(axes: Any) -> None:
+        axes.hist(numbers["weights"], bins=30)
+        axes.axvline(1, color="black", linestyle=":")
+        axes.set(xlabel="weight", ylabel="rows")
 
     def over_time(axes: Any) -> None:
         for q in QUANTILES:
@@ -137,26 +143,35 @@ def _sections(numbers: dict[str, Any]) -> list[Section]:
         axes.scatter(numbers["scores"], numbers["weights"], s=8, alpha=0.6)
         axes.set(xlabel="last score", ylabel="last weight")
 
+    def without_change(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in row.items() if moved or k not in ("first weight", "change")} for row in rows]
+
+    if len(refreshes) == 1:
+        given = [Section("Weights", "Rows by their weight; 1 is no weighting.", picture(weights))]
+    else:
+        given = [
+            Section(
+                "Weights over time", "Quantiles of the weights given at each refresh; 1 is no weighting.", picture(over_time)
+            ),
+            Section("Effective sample size", "As a share of the rows: 100 % when all weights are equal.", picture(sample_size)),
+        ]
     sections = [
         Section(
             "The run",
             "Overhead is scoring seconds over training seconds.",
             rows=[{"": k, "value": v} for k, v in numbers["run"].items()],
         ),
-        Section("Weights over time", "Quantiles of the weights given at each refresh; 1 is no weighting.", picture(over_time)),
-        Section(
-            "Effective sample size", "(Σw)² / Σw² as a share of the rows: 100 % when all weights are equal.", picture(sample_size)
-        ),
+        *given,
         Section("Scores and weights", picture=picture(distribution)),
-        Section("Refreshes", rows=refreshes),
+        Section("Refreshes", "Effective sample size: (Σw)² / Σw² over the number of rows.", rows=refreshes),
         Section(
             "Who counts most",
             "Rows by their last weight; `row` is the index into the trainer's train rows.",
-            rows=numbers["highest"],
+            rows=without_change(numbers["highest"]),
         ),
-        Section("Who counts least", rows=numbers["lowest"]),
+        Section("Who counts least", rows=without_change(numbers["lowest"])),
     ]
-    if numbers["gained"] or numbers["lost"]:
+    if moved:
         sections += [
             Section("Who gained", "From the first to the last scoring of the row.", rows=numbers["gained"]),
             Section("Who lost", rows=numbers["lost"]),
