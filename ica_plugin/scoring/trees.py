@@ -18,8 +18,8 @@ class Tree:
         tokens: int64 [T]; a token stands after its parent.
         positions: int64 [T]; position of each token along its path, from 0.
         paths: per sequence, int64 [length]: where in the buffer its tokens stand.
-        ends: int64 [T]: where the tokens that come after each token on some path end; they stand right behind it, so a token
-            at `q` attends to the one at `k` if k ≤ q < ends[k].
+        ends: int64 [T]: what is below a token in the tree stands right behind it in the buffer, up to here. So the token at
+            q attends to the one at k where k ≤ q < ends[k].
         segments: per sequence, (start, stop): the tokens that it added to the buffer, the end of its path; the rest
             of the path is shared with sequences before it.
     """
