@@ -25,10 +25,11 @@ from scoring import K, Trees, alpaca, compare, flatten, gsm8k, machine_name, pag
 
 
 class Windows(Trees):
-    """The forwards of an epoch that is scored window by window; each row has `passes` sequences."""
+    """The forwards of an epoch that is scored window by window."""
 
-    def __init__(self, engine: Engine, sequences, windows: list[np.ndarray], passes: int):
+    def __init__(self, engine: Engine, sequences, windows: list[np.ndarray]):
         super().__init__(engine, sequences)
+        passes = len(sequences) // sum(map(len, windows))  # two per row, four per pair
         self.batches = []
         for rows in windows:
             index = [passes * row + i for row in sorted(rows) for i in range(passes)]
@@ -40,7 +41,8 @@ class Windows(Trees):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--gsm8k"), parser.add_argument("--alpaca"), parser.add_argument("--pairs")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--gsm8k"), data.add_argument("--alpaca"), data.add_argument("--pairs")
     parser.add_argument("--rows", type=int, default=800), parser.add_argument("--holdout", type=int, default=100)
     parser.add_argument("--windows", type=int, default=10, help="refreshes per epoch")
     parser.add_argument(
@@ -75,11 +77,7 @@ def main() -> None:
         config = ICAConfig(holdout="unused", k=K, retrieval=args.retrieval, retrieval_groups=groups or None)
         shown = retrieve(train, holdout, config, rows=list(range(len(train))), context=None, embed=embed, decode=tokenizer.decode)
         sequences = flatten(train, shown, held)
-        stats, _ = compare(
-            {"once": Trees(engine, sequences), "windows": Windows(engine, sequences, windows, len(sequences) // len(train))},
-            args.share,
-            {},
-        )
+        stats, _ = compare({"once": Trees(engine, sequences), "windows": Windows(engine, sequences, windows)}, args.share, {})
         once, split = stats["once"], stats["windows"]
         whole = [retrieval_seconds + side["all_seconds"] for side in (once, split)]
         lines.append(
