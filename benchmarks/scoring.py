@@ -341,9 +341,9 @@ def peak_memory(engine: Engine, examples: list[Example], n: int, args) -> dict:
 # The report.
 
 
-def matmul_limit(device: torch.device) -> float:
+def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large matrix product in the model's precision."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     for _ in range(5):
@@ -489,7 +489,7 @@ def main() -> None:
         "model": "random 8B, 4-bit" if args.random else Path(args.model).name,
         "dtype": str(dtype)[6:],
         "threads": torch.get_num_threads(),
-        "limit": matmul_limit(device),
+        "limit": matmul_limit(device, dtype),
         "weights": weights,
         "share": args.share,
         "retrieval": args.retrieval,
