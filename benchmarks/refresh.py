@@ -18,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ica_plugin.config import ICAConfig
-from ica_plugin.holdout import check_holdout
-from ica_plugin.retrieval import retrieve
-from ica_plugin.scoring.engine import Engine
+from ica_plugin.data.holdout import check_holdout
+from ica_plugin.policy.engine import Engine
+from ica_plugin.weighting.retrieval import retrieve
 from scoring import K, Trees, alpaca, compare, flatten, gsm8k, machine_name, page, pairs, tokenise
 
 

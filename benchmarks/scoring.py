@@ -28,13 +28,13 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from ica_plugin.config import ICAConfig
-from ica_plugin.examples import Example, Sequence
-from ica_plugin.holdout import check_holdout
-from ica_plugin.retrieval import retrieve
-from ica_plugin.scoring.engine import Engine
-from ica_plugin.scoring.ica import in_context
-from ica_plugin.scoring.memory import Budget, budget_for
-from ica_plugin.scoring.trees import grow
+from ica_plugin.data.holdout import check_holdout
+from ica_plugin.data.store import Example, Sequence
+from ica_plugin.policy.engine import Engine
+from ica_plugin.policy.memory import Budget, budget_for
+from ica_plugin.policy.trees import grow
+from ica_plugin.scorers.ica import in_context
+from ica_plugin.weighting.retrieval import retrieve
 
 K = 3
 BATCH = 16

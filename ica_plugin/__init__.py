@@ -6,7 +6,7 @@ from .config import ICAConfig
 from .errors import ICAError
 
 if TYPE_CHECKING:
-    from .hosts.axolotl import ICAPlugin
+    from .hosts.axolotl.plugin import ICAPlugin
     from .hosts.trainer import attach
 
 __version__ = "0.1.0"
@@ -16,7 +16,7 @@ __all__ = ["ICAConfig", "ICAError", "ICAPlugin", "attach"]
 def __getattr__(name: str) -> Any:
     # Each host's module is imported only where that host is used.
     if name == "ICAPlugin":
-        from .hosts.axolotl import ICAPlugin
+        from .hosts.axolotl.plugin import ICAPlugin
 
         return ICAPlugin
     if name == "attach":

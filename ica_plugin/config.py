@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ICAError
-from .scoring.expression import BAND_SCORERS, SHOWS_DEMONSTRATIONS, parse_score, parts_of
+from .expression import BAND_SCORERS, SHOWS_DEMONSTRATIONS, parse_score, parts_of
 
 BUILTIN_RETRIEVAL = ("policy", "bm25", "random")
 

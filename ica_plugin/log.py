@@ -1,5 +1,7 @@
 """One logger, shown whatever the host does with logging, on the main process alone."""
 
+from __future__ import annotations
+
 import logging
 import os
 import sys

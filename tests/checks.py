@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ica_plugin.callback import ICACallback
-from ica_plugin.examples import read_examples, without_text_columns
-from ica_plugin.row_ids import ROW_IDS
+from ica_plugin.data.read import read_examples, without_text_columns
+from ica_plugin.data.row_ids import ROW_IDS
+from ica_plugin.run.callback import ICACallback
 
 MakeTrainer = Callable[..., object]
 

@@ -10,9 +10,9 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import tiny
 from ica_plugin import attach
+from ica_plugin.data.store import Example, Sequence
 from ica_plugin.errors import ICAError
-from ica_plugin.examples import Example, Sequence
-from ica_plugin.outputs import ScoreFile
+from ica_plugin.run.files import ScoreFile
 from ica_plugin.tools.audit import _agreement, _sections, audit_numbers, auroc
 from ica_plugin.tools.noise import corrupted
 from ica_plugin.tools.page import write_page

@@ -19,8 +19,8 @@ import trl_host.trl_harness as trl_harness
 from checks import callback_of
 from ica_plugin import attach
 from ica_plugin.config import parse_config
+from ica_plugin.data.batches import examples_from_batch
 from ica_plugin.errors import ICAError
-from ica_plugin.examples import examples_from_batch
 from runs import ROWS, build, refreshes, run, tokenised
 
 PAGE = Path(__file__).parents[1] / "docs" / "bad-input.md"

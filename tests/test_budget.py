@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from checks import callback_of
-from ica_plugin import budget as budget_module
-from ica_plugin.budget import Allowance, Neighbours, affordable, row_features, spread
 from ica_plugin.config import ICAConfig, parse_config
+from ica_plugin.data.store import Example, Sequence
 from ica_plugin.errors import ICAError
-from ica_plugin.examples import Example, Sequence
+from ica_plugin.run import budget as budget_module
+from ica_plugin.run.budget import Allowance, affordable, spread
+from ica_plugin.weighting.neighbours import Neighbours, row_features
 from processes import torchrun
 from runs import ROWS, refreshes, run
 

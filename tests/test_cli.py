@@ -1,7 +1,7 @@
 import pytest
 from typer.testing import CliRunner
 
-from ica_plugin.cli import app
+from ica_plugin.tools.cli import app
 
 
 @pytest.mark.parametrize(

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from ica_plugin.data.store import Example, Sequence
 from ica_plugin.errors import ICAError
-from ica_plugin.examples import Example, Sequence
-from ica_plugin.scoring import logits as logits_module
-from ica_plugin.scoring import packed
-from ica_plugin.scoring.engine import Engine
-from ica_plugin.scoring.ica import ica_scores, in_context
-from ica_plugin.scoring.logits import label_logprobs
-from ica_plugin.scoring.memory import MAX_TOKENS, Budget, budget_for
-from ica_plugin.scoring.packed import PackedPath
-from ica_plugin.scoring.padded import PaddedPath
-from ica_plugin.scoring.trees import common_prefix, grow, split_into_trees
+from ica_plugin.policy import logits as logits_module
+from ica_plugin.policy import packed
+from ica_plugin.policy.engine import Engine
+from ica_plugin.policy.logits import label_logprobs
+from ica_plugin.policy.memory import MAX_TOKENS, Budget, budget_for
+from ica_plugin.policy.packed import PackedPath
+from ica_plugin.policy.padded import PaddedPath
+from ica_plugin.policy.trees import common_prefix, grow, split_into_trees
+from ica_plugin.scorers.ica import ica_scores, in_context
 from tiny import SIZES, make_model
 
 CPU = torch.device("cpu")
@@ -260,7 +260,7 @@ def test_scores_do_not_depend_on_order_or_other_rows(monkeypatch):
     permuted = np.random.default_rng(0).permutation(20)
     np.testing.assert_allclose(score(permuted), everything[permuted], atol=1e-4)
     np.testing.assert_allclose(score([4, 11]), everything[[4, 11]], atol=1e-4)
-    monkeypatch.setattr("ica_plugin.scoring.ica.ROWS_PER_BLOCK", 3)
+    monkeypatch.setattr("ica_plugin.scorers.ica.ROWS_PER_BLOCK", 3)
     np.testing.assert_allclose(score(range(20)), everything, atol=1e-4)
 
 

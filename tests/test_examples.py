@@ -4,8 +4,9 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from ica_plugin.data.batches import examples_from_batch
+from ica_plugin.data.read import read_examples
 from ica_plugin.errors import ICAError
-from ica_plugin.examples import examples_from_batch, read_examples
 
 T = torch.tensor
 

@@ -12,9 +12,9 @@ import tiny
 from checks import callback_of, parameters
 from ica_plugin import attach
 from ica_plugin.errors import ICAError
-from ica_plugin.scoring.memory import Budget
-from ica_plugin.scoring.packed import PackedPath
-from ica_plugin.scoring.padded import PaddedPath
+from ica_plugin.policy.memory import Budget
+from ica_plugin.policy.packed import PackedPath
+from ica_plugin.policy.padded import PaddedPath
 from runs import ROWS, build, run, tokenised
 
 WINDOW = {"refresh_interval": 4}
@@ -105,7 +105,7 @@ def test_scores_that_cannot_be_written_do_not_end_the_run(tmp_path, monkeypatch,
             raise PermissionError(13, "Permission denied", str(path))
         host(table, path, *args, **kwargs)
 
-    monkeypatch.setattr("ica_plugin.outputs.pq.write_table", fails_once)
+    monkeypatch.setattr("ica_plugin.run.files.pq.write_table", fails_once)
     trainer = run(tmp_path / "fault", WINDOW)
     said = capfd.readouterr().err
     assert "scores.parquet could not be written" in said and "Training goes on with the right weights" in said

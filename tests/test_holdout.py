@@ -1,6 +1,6 @@
 """The holdout's file."""
 
-from ica_plugin.holdout import json_error
+from ica_plugin.data.loaders import json_error
 
 
 def test_line_ends_of_unicode_inside_a_string_are_no_error(tmp_path):

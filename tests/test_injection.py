@@ -3,9 +3,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiny
-from ica_plugin.decoder import decoder_of
 from ica_plugin.errors import ICAError
-from ica_plugin.injection import GradientInjection, scale_gradient
+from ica_plugin.policy.decoder import decoder_of
+from ica_plugin.training.injection import GradientInjection, scale_gradient
 
 TOKENS = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(0))
 WEIGHTS = torch.tensor([0.0, 0.5, 2.5])

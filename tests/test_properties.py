@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
 from ica_plugin import attach
-from ica_plugin.injection import GradientInjection
-from ica_plugin.row_ids import ROW_IDS
+from ica_plugin.data.row_ids import ROW_IDS
+from ica_plugin.training.injection import GradientInjection
 from runs import build, tokenised
 
 BLOCKS = st.fixed_dictionaries(

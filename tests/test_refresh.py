@@ -15,8 +15,8 @@ from accelerate.state import GradientState
 
 import tiny
 from checks import callback_of
-from ica_plugin.look_ahead import LookAhead
-from ica_plugin.row_ids import ROW_IDS
+from ica_plugin.data.row_ids import ROW_IDS
+from ica_plugin.run.look_ahead import LookAhead
 from processes import torchrun
 from runs import ROWS, Recorder, build, refreshes, run
 

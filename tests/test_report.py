@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from ica_plugin.cli import app
+from ica_plugin.tools.cli import app
 from ica_plugin.tools.report import report_numbers, write_report
 from runs import run
 

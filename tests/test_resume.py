@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from checks import callback_of, parameters, write_weights
-from ica_plugin.checkpoint import STATE_FILE
 from ica_plugin.errors import ICAError
+from ica_plugin.run.state import STATE_FILE
 from runs import ROWS, build, refreshes, run, tokenised
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -136,7 +136,7 @@ def test_the_state_is_small_and_a_full_disk_does_not_end_the_run(tmp_path, check
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ica_plugin.checkpoint.save_file", full)
+    monkeypatch.setattr("ica_plugin.run.state.save_file", full)
     trainer = run(tmp_path, BLOCKS["window"], **SAVING)
     assert trainer.state.global_step == 12 and not list(tmp_path.rglob(f"*{STATE_FILE}*"))
     assert "a run resumed from this checkpoint scores its rows again" in capfd.readouterr().err

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from ica_plugin.config import ICAConfig
+from ica_plugin.data.holdout import check_holdout
+from ica_plugin.data.store import Example, Sequence
 from ica_plugin.errors import ICAError
-from ica_plugin.examples import Example, Sequence
-from ica_plugin.holdout import check_holdout
-from ica_plugin.retrieval import report_fewer, retrieve
+from ica_plugin.weighting.retrieval import report_fewer, retrieve
 
 WORDS = {i: f"w{i}" for i in range(1000)}
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from ica_plugin.config import ICAConfig
-from ica_plugin.examples import Example, Sequence
-from ica_plugin.holdout import check_holdout
-from ica_plugin.retrieval import retrieve
+from ica_plugin.data.holdout import check_holdout
+from ica_plugin.data.store import Example, Sequence
+from ica_plugin.weighting.retrieval import retrieve
 
 
 def row(prompt, response=(3, 4)):

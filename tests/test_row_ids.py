@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from ica_plugin.data.row_ids import NO_ROW, ROW_IDS, RowIdCollator
 from ica_plugin.errors import ICAError
-from ica_plugin.row_ids import NO_ROW, ROW_IDS, RowIdCollator
 
 ROWS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
 FEATURES = [[{"input_ids": ROWS[0], ROW_IDS: 0}, {"input_ids": ROWS[1], ROW_IDS: 1}], [{"input_ids": ROWS[2], ROW_IDS: 2}]]

@@ -13,15 +13,17 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import rankdata
 
 from ica_plugin.config import parse_config
+from ica_plugin.data.holdout import check_holdout
+from ica_plugin.data.store import Example, Sequence
 from ica_plugin.errors import ICAError
-from ica_plugin.examples import Example, Sequence
-from ica_plugin.holdout import check_holdout
-from ica_plugin.scoring import ScoringContext, scores_for, total_score
-from ica_plugin.scoring.engine import Engine
-from ica_plugin.scoring.expression import SCORERS, balanced, combined, in_band, parse_score
-from ica_plugin.scoring.ica import in_context
-from ica_plugin.scoring.influence import truncated
-from ica_plugin.weighting import weights_from_scores
+from ica_plugin.expression import SCORERS, parse_score
+from ica_plugin.policy.engine import Engine
+from ica_plugin.scorers import scores_for, total_score
+from ica_plugin.scorers.combine import balanced, combined, in_band
+from ica_plugin.scorers.context import ScoringContext
+from ica_plugin.scorers.ica import in_context
+from ica_plugin.scorers.influence import truncated
+from ica_plugin.weighting.weights import weights_from_scores
 from tiny import make_model
 
 CPU = torch.device("cpu")
@@ -372,7 +374,7 @@ def test_datainf_is_the_mean_of_inverses(kind):
 
 def test_datainf_before_the_first_step(monkeypatch):
     """LoRA's A has no gradient then; and a sample of rows serves the Hessian where all are too many."""
-    monkeypatch.setattr(sys.modules["ica_plugin.scoring.datainf"], "HESSIAN_ROWS", 3)
+    monkeypatch.setattr(sys.modules["ica_plugin.scorers.datainf"], "HESSIAN_ROWS", 3)
     values = score(make_context("datainf", model=make_lora(trained=False)))
     assert np.isfinite(values).all() and values.std() > 0
 

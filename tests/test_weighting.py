@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from ica_plugin.config import ICAConfig
 from ica_plugin.errors import ICAError
-from ica_plugin.weighting import weights_from_scores
+from ica_plugin.weighting.weights import weights_from_scores
 
 SCHEMES = ["softmax", "minmax", "rank", "top", "band"]
 SCORES = np.array([-3.0, -1.0, 0.0, 0.5, 2.0, 7.0])

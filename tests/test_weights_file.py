@@ -3,8 +3,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ica_plugin.data.weights_file import read_weights
 from ica_plugin.errors import ICAError
-from ica_plugin.weights_file import read_weights
 
 
 def test_three_formats_give_the_same_weights(tmp_path):

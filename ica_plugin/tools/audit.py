@@ -11,21 +11,30 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata, spearmanr
 
-from ..callback import ICACallback
+from ..data.holdout import Holdout
+from ..data.store import Example
 from ..errors import ICAError
-from ..examples import Example
-from ..holdout import Holdout
+from ..expression import parse_score, parts_of
 from ..log import get_logger
-from ..scoring import ScoringContext, balanced_score, scores_for_sets
-from ..scoring.expression import parse_score, parts_of
+from ..run.callback import ICACallback
+from ..scorers import balanced_score, scores_for_sets
+from ..scorers.context import ScoringContext
 from .noise import corrupted
 from .page import Section, picture, write_page
 
 ALWAYS = ("ica", "likelihood", "ica + likelihood", "one_shot", "rds", "random")
+
+
 WITH_ADAPTER = ("influence",)
+
+
 # Scores between these two quantiles differ little, so agreement is read at the ends, which weights and filters act on.
 DECILE = 0.1
+
+
 SHOWN_ROWS = 5
+
+
 FEWEST_PLANTED = 5
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..examples import Example, Sequence
+from ..data.store import Example, Sequence
 
 
 def corrupted(rows: list[Example], tokenizer: Any, rng: np.random.Generator) -> dict[str, list[Example | None]]:

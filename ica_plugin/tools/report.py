@@ -13,6 +13,8 @@ from ..errors import ICAError
 from .page import Section, picture, write_page
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
 SHOWN_ROWS = 10
 
 

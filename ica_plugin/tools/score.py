@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from ..outputs import ScoreFile
+from ..run.files import ScoreFile
 
 
 def write_scores(host: ModuleType, config: Path, out: Path, score: str | None) -> int:

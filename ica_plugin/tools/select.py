@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ICAError
-from ..outputs import MOVED_ROWS, SOURCE_ROWS
+from ..run.files import MOVED_ROWS, SOURCE_ROWS
 
 
 def select_rows(scores: Path, data: Path, out: Path, keep: float) -> tuple[int, int]:

@@ -8,7 +8,8 @@ import pytest
 
 import tiny
 from harness import load_config, write_config
-from ica_plugin.hosts.axolotl import config_of, load_holdout
+from ica_plugin.hosts.axolotl.args import config_of
+from ica_plugin.hosts.axolotl.holdout import load_holdout
 
 RNG = random.Random(0)
 ROWS = [{"instruction": tiny.sentence(RNG), "input": "", "output": tiny.sentence(RNG)} for _ in range(5)]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import processes
 import tiny
 from harness import write_config
-from ica_plugin.cli import app
+from ica_plugin.tools.cli import app
 
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]}
 
@@ -68,7 +68,7 @@ def test_score_pairs_and_a_full_finetune(tmp_path, tiny_model):
 def test_score_by_two_processes(tmp_path, tiny_model):
     config = write_config(tmp_path, tiny_model, "sft", tiny.sft_rows(9, seed=1), tiny.sft_rows(6, seed=9), {"k": 2})
     run("score", config, "--out", tmp_path / "one.parquet")
-    launcher = ("accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "ica_plugin.cli")
+    launcher = ("accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "ica_plugin")
     done = processes.run(*launcher, "score", config, "--out", tmp_path / "two.parquet")
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "two"))

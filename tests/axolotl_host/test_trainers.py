@@ -15,7 +15,7 @@ from checks import (
 )
 from ica_plugin.errors import ICAError
 from ica_plugin.tools.select import select_rows
-from ica_plugin.weighting import weights_from_scores
+from ica_plugin.weighting.weights import weights_from_scores
 
 ROWS = {
     "sft": lambda: tiny.sft_rows(8, turns=2),

@@ -6,7 +6,7 @@ import pytest
 
 import tiny
 from harness import build, load_config, write_config
-from ica_plugin.hosts.axolotl import ICAPlugin
+from ica_plugin.hosts.axolotl.plugin import ICAPlugin
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_unsupported_training(config):
 def message_of_refusal(settings) -> str:
     from axolotl.utils.dict import DictDefault
 
-    from ica_plugin.hosts.axolotl import refuse_unsupported
+    from ica_plugin.hosts.axolotl.args import refuse_unsupported
 
     with pytest.raises(ValueError) as error:
         refuse_unsupported(DictDefault(settings))
@@ -147,7 +147,7 @@ def test_the_schema_has_the_block(config):
 
     load_config(config())
     schema = merge_input_args()[1].model_fields
-    assert "ica" in schema and ICAPlugin().get_input_args() == "ica_plugin.hosts.axolotl.ICAArgs"
+    assert "ica" in schema and ICAPlugin().get_input_args() == "ica_plugin.hosts.axolotl.args.ICAArgs"
     PluginManager.get_instance().plugins.clear()
 
 
@@ -155,7 +155,7 @@ def test_the_schema_has_the_block(config):
 def test_validate_checks_a_config_without_the_model(config, kind):
     from typer.testing import CliRunner
 
-    from ica_plugin.cli import app
+    from ica_plugin.tools.cli import app
 
     path = config(kind=kind)
     load_config(path)  # a fresh plugin registry

@@ -11,7 +11,7 @@ from transformers import Trainer
 
 import tiny
 from ica_plugin.config import parse_config
-from ica_plugin.hosts.llamafactory import attach
+from ica_plugin.hosts.llamafactory.attach import attach
 
 TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
 LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target": "all"}

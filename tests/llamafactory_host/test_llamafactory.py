@@ -16,7 +16,8 @@ from checks import (
 )
 from ica_plugin.config import parse_config
 from ica_plugin.errors import ICAError
-from ica_plugin.hosts.llamafactory import attach, run_exp
+from ica_plugin.hosts.llamafactory.attach import attach
+from ica_plugin.hosts.llamafactory.launch import run_exp
 from llamafactory_harness import LORA, Maker, dataset_entry, kto_rows
 
 ROWS = {

@@ -6,7 +6,7 @@ import yaml
 from typer.testing import CliRunner
 
 import tiny
-from ica_plugin.cli import app
+from ica_plugin.tools.cli import app
 from llamafactory_harness import LORA, run_args, write_data
 
 

@@ -1,0 +1,1 @@
+"""Rows as the host trains them: read, numbered, and the holdout beside them."""

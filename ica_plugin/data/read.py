@@ -1,0 +1,66 @@
+"""A host's rows, as its collator hands them to the model → `Example`.
+
+Reading rows through the trainer's own collator means that what is scored is what is trained: the same
+truncation, the same label mask, the same column names, whatever the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import ICAError
+from .batches import examples_from_batch
+from .packing import _unpacked, packed_lengths
+from .store import Example
+
+
+def read_examples(dataset: Any, collator: Callable[[list[dict]], Mapping[str, Any]]) -> list[Example]:
+    """Read every row of a map-style dataset through the trainer's collator, one row at a time.
+
+    A row into which the host packed several examples gives one `Example` for each, in order.
+
+    Args:
+        dataset: rows in the columns that the trainer holds; text columns are dropped, since collators do not
+            take them.
+        collator: the trainer's own.
+
+    Raises:
+        ICAError: see `examples_from_batch`; the message names the row.
+    """
+    dataset = without_text_columns(dataset)
+    examples = []
+    for index, row in enumerate(dataset):
+        try:
+            batch = collator([dict(row)])
+            lengths = packed_lengths(row)
+            examples += examples_from_batch(_with_mask(batch, row), rows=1) if lengths is None else _unpacked(batch, lengths)
+        except ICAError as error:
+            raise ICAError(f"row {index}: {error}") from None
+    return examples
+
+
+def _with_mask(batch: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch of one row with a 2-D attention mask, where the collator made none (padding-free) or a 4-D one."""
+    mask = batch.get("attention_mask")
+    if "input_ids" not in batch or "input_ids" not in row or (torch.is_tensor(mask) and mask.dim() == 2):
+        return batch
+    return {**batch, "attention_mask": torch.arange(batch["input_ids"].shape[1])[None] < len(row["input_ids"])}
+
+
+def without_text_columns(dataset: Any) -> Any:
+    """The dataset with its numeric columns (numbers and lists of numbers) alone, which is what collators take."""
+    features = getattr(dataset, "features", None)
+    if not features:
+        return dataset
+
+    def numeric(feature: Any) -> bool:
+        while hasattr(feature, "feature"):
+            feature = feature.feature
+        dtype = getattr(feature, "dtype", None)
+        # A column of nothing but nulls (LLaMA-Factory's `images` of text rows) is one that the collator may ask for.
+        return isinstance(dtype, str) and dtype.startswith(("int", "uint", "float", "bool", "null"))
+
+    return dataset.select_columns([name for name, feature in features.items() if numeric(feature)])

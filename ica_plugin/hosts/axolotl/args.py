@@ -1,0 +1,69 @@
+"""What the plugin adds to Axolotl's schema, and what it refuses by the config alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.utils.dict import DictDefault
+from pydantic import BaseModel, model_validator
+
+from ...config import ICAConfig, parse_config
+from ...errors import ICAError
+from ...training.refusals import SHARDED
+
+SUPPORTED_RL = ("dpo", "ipo", "simpo", "orpo", "kto")
+
+
+UNSUPPORTED_KEYS = {
+    "kd_trainer": "distillation's loss passes by the model's own output, where weights act",
+    "diffusion": "rows are scored by causal log-probs, which a diffusion model does not have",
+    "use_ray": "Ray trains in processes of its own",
+    "balance_labels": "its sampler asks for the host's own collator, which the plugin wraps",
+}
+
+
+class ICAArgs(BaseModel):
+    """What the plugin adds to Axolotl's schema."""
+
+    ica: ICAConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_block(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("ica") is None:
+            raise ValueError(
+                "`plugins` lists ica_plugin.ICAPlugin but there is no `ica:` block. Add `ica:` with at least "
+                "`holdout: <path>`, or take the plugin out of the list."
+            )
+        return data
+
+
+def config_of(cfg: DictDefault) -> ICAConfig:
+    """The `ica:` block of an Axolotl config.
+
+    Raises:
+        ICAError: a wrong key.
+    """
+    block = cfg.ica
+    return parse_config(block.to_dict() if isinstance(block, DictDefault) else block)
+
+
+def refuse_unsupported(cfg: DictDefault) -> None:
+    """Raise ICAError for trainings that have no per-row loss to weight."""
+    if cfg.rl and str(getattr(cfg.rl, "value", cfg.rl)) not in SUPPORTED_RL:
+        raise ICAError(f"rl: {cfg.rl} is not supported by ica_plugin; supported: SFT (no `rl`), {', '.join(SUPPORTED_RL)}.")
+    if cfg.reward_model or cfg.process_reward_model:
+        raise ICAError("reward models are not supported by ica_plugin: their loss has no response log-prob to weight.")
+    if cfg.streaming or cfg.pretraining_dataset:
+        raise ICAError(
+            "streaming and `pretraining_dataset` are not supported by ica_plugin: rows need a fixed index to keep a weight "
+            "under. List the data under `datasets` without `streaming`."
+        )
+    if (cfg.context_parallel_size or 1) > 1:
+        raise ICAError("context_parallel_size > 1 is not supported by ica_plugin: rows are split over ranks. Set it to 1.")
+    for key in ("deepspeed", "fsdp", "fsdp_config", "tensor_parallel_size", "expert_parallel_size"):
+        if cfg[key] and cfg[key] != 1:
+            raise ICAError(f"{key} {SHARDED}")
+    for key, why in UNSUPPORTED_KEYS.items():
+        if cfg[key]:
+            raise ICAError(f"{key} is not supported by ica_plugin: {why}.")

@@ -1,0 +1,33 @@
+"""The plugin class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.dict import DictDefault
+
+from ...run.attach import attach_examples
+from ...versions import warn_if_untested
+from .args import config_of, refuse_unsupported
+from .holdout import _read_holdout
+
+
+class ICAPlugin(BasePlugin):
+    """Weights every training row by its ICA score. See docs/quickstart.md."""
+
+    def get_input_args(self) -> str:
+        return "ica_plugin.hosts.axolotl.args.ICAArgs"
+
+    def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
+        warn_if_untested("axolotl")
+        refuse_unsupported(cfg)
+        config = config_of(cfg)
+        attach_examples(trainer, config, read_holdout=lambda one: _read_holdout(cfg, one, trainer), moved_rows=_moved_rows(cfg))
+
+
+def _moved_rows(cfg: DictDefault) -> str:
+    """Why the train rows do not stand as in the data file; "" where they do."""
+    if not (cfg.shuffle_merged_datasets or cfg.shuffle_before_merging_datasets or cfg.val_set_size):
+        return ""
+    return "Axolotl shuffles them (not with `shuffle_merged_datasets: false` and `val_set_size: 0`)"

@@ -1,0 +1,105 @@
+"""Attach to a trainer that LLaMA-Factory built; what is refused by the config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Trainer
+
+from ...config import ICAConfig
+from ...errors import ICAError
+from ...run.attach import attach_examples
+from ...run.callback import ICACallback
+from ...training.refusals import SHARDED
+from .holdout import _read_holdout
+
+# Stage of a run → the name under which LLaMA-Factory's loader knows its rows.
+STAGES = {"sft": "sft", "dpo": "rm", "kto": "kto"}
+
+
+PREFERENCE_LOSSES = ("sigmoid", "ipo", "hinge", "orpo", "simpo")
+
+
+def refuse_unsupported(args: dict[str, Any], config: ICAConfig) -> None:
+    """Raise ICAError for runs that cannot be weighted, before a model is loaded.
+
+    Args:
+        args: a LLaMA-Factory config.
+        config: its `ica:` block.
+    """
+    from llamafactory.extras.misc import is_env_enabled, use_ray
+
+    if not args.get("do_train"):
+        raise ICAError("there is an `ica:` block but `do_train` is not true, so nothing is trained. Set it, or remove the block.")
+    stage = args.get("stage", "sft")
+    if stage not in STAGES:
+        raise ICAError(f"stage: {stage} is not supported by ica_plugin; supported: {', '.join(STAGES)}.")
+    loss = args.get("pref_loss", "sigmoid")
+    if stage == "dpo" and loss not in PREFERENCE_LOSSES:
+        raise ICAError(
+            f"pref_loss: {loss} couples the rows of a batch, so no single row's gradient can be weighted. Use one of "
+            f"{', '.join(PREFERENCE_LOSSES)}."
+        )
+    if stage == "dpo" and float(args.get("pref_bco_weight") or 0) > 0:
+        raise ICAError(
+            "pref_bco_weight adds the BCO loss, which couples rows by a running mean over batches, so no single row's gradient "
+            "can be weighted. Remove pref_bco_weight."
+        )
+    for key in ("deepspeed", "fsdp"):
+        if args.get(key):
+            raise ICAError(f"{key} {SHARDED}")
+    elsewhere = [name for name in ("USE_MCA", "USE_V1") if is_env_enabled(name)]
+    elsewhere += [name for name in ("use_hyper_parallel", "use_ray") if args.get(name)]
+    if use_ray():
+        elsewhere.append("USE_RAY")
+    if elsewhere:
+        raise ICAError(
+            f"{elsewhere[0]} trains outside transformers' Trainer in this process, which ica_plugin cannot reach. Unset it."
+        )
+    if config.weights is not None and (moved := _renumbering(args)):
+        raise ICAError(
+            f"`ica.weights` names rows by their place in the dataset, and `{moved}` puts rows elsewhere. Remove it (for an evaluation set "
+            "of its own there is `eval_dataset`)."
+        )
+
+
+def _renumbering(args: Mapping[str, Any]) -> str:
+    """The setting that puts rows elsewhere than in the dataset; "" where they stand as there."""
+    moves = {
+        "neat_packing": args.get("neat_packing"),  # which sets the next
+        "packing": args.get("packing"),
+        "val_size": float(args.get("val_size") or 0) > 0,
+        "mix_strategy": args.get("mix_strategy", "concat") != "concat",
+    }
+    return next((f"{key}: {args[key]}" for key, moved in moves.items() if moved), "")
+
+
+def attach(trainer: Trainer, config: ICAConfig) -> ICACallback:
+    """Attach to a trainer that LLaMA-Factory built.
+
+    Args:
+        trainer: with the callback that carries the run's arguments, as `run_exp` makes it.
+        config: the block.
+
+    Raises:
+        ICAError: what cannot be weighted exactly.
+    """
+    from llamafactory.train.callbacks import ReporterCallback
+
+    run = next((c for c in trainer.callback_handler.callbacks if isinstance(c, ReporterCallback)), None)
+    if run is None:
+        raise ICAError("the trainer was not built by LLaMA-Factory's `run_exp`; use `ica_plugin.attach(trainer, …)` for it.")
+    for column in ("images", "videos", "audios"):
+        feature = getattr(trainer.train_dataset, "features", {}).get(column)
+        if feature is not None and getattr(feature, "dtype", None) != "null":
+            raise ICAError(
+                f"the training rows have `{column}`, and ica_plugin cannot score multimodal rows yet. Remove the `ica:` block."
+            )
+    moved = _renumbering(vars(run.data_args))
+    return attach_examples(
+        trainer,
+        config,
+        read_holdout=lambda one: _read_holdout(trainer, one, run),
+        moved_rows=f"`{moved}` puts them elsewhere" if moved else "",
+    )

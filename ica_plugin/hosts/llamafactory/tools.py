@@ -1,0 +1,125 @@
+"""What `ica-plugin` asks of LLaMA-Factory: validate a config, and the trainer it builds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, Trainer
+
+from ...config import parse_config
+from ...data.holdout import check_holdout, joined
+from ...data.read import read_examples
+from ...data.weights_file import read_weights
+from ...errors import ICAError
+from ...run.callback import ICACallback
+from ...versions import warn_if_untested
+from .attach import STAGES, attach, refuse_unsupported
+from .holdout import _not_too_long, load_holdout
+
+
+def validate(path: Path) -> dict[str, Any]:
+    """Check a config, its train rows and its holdout without loading the model.
+
+    Returns:
+        what was found, by name.
+
+    Raises:
+        ICAError: what is wrong.
+    """
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    warn_if_untested("llamafactory")
+    args = yaml.safe_load(path.read_text())
+    config = parse_config(args.pop("ica", None))
+    refuse_unsupported(args, config)
+    try:
+        model_args, data_args, training_args, finetuning_args, _ = get_train_args(args)
+        tokenizer = load_tokenizer(model_args)
+        template = get_template_and_fix_tokenizer(tokenizer["tokenizer"], data_args)
+        stage = STAGES[finetuning_args.stage]
+        with contextlib.redirect_stdout(io.StringIO()):
+            train = get_dataset(template, model_args, data_args, training_args, stage=stage, **tokenizer)["train_dataset"]
+    except Exception as error:  # its own checks raise many types
+        raise ICAError(f"LLaMA-Factory refuses the config or its data: {type(error).__name__}: {error}") from error
+    found: dict[str, Any] = {"rows": len(train)}
+    if config.weights is not None:
+        weights = read_weights(config.weights, len(train))
+        return {**found, "weights": f"{config.weights}, mean {sum(weights) / len(weights):.3g}"}
+    sets = {
+        name: load_holdout(one, model_args, data_args, training_args, stage, template, tokenizer)
+        for name, one in config.sets.items()
+    }
+    model = AutoConfig.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=model_args.trust_remote_code
+    ).get_text_config()
+    context, rows_of_run = getattr(model, "max_position_embeddings", None), read_examples(train, _one_row)
+    holdout = joined(
+        {
+            name: check_holdout(
+                source, _not_too_long(source, read_examples(rows, _one_row), data_args.cutoff_len), rows_of_run, context
+            )
+            for name, (source, rows) in sets.items()
+        }
+    )
+    return {
+        **found,
+        "holdout rows": ", ".join(f"{len(rows)} ({source})" for source, rows in sets.values()),
+        "usable as demonstrations": len(holdout.shown),
+        "train rows that are also in the holdout": holdout.rows_in_train,
+        "block": config.model_dump(exclude_none=True),
+    }
+
+
+def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, None]:
+    """The trainer that `ica-llamafactory train` would build, with the plugin attached, and nothing trained.
+
+    Args:
+        path: the config.
+        changes: keys of the `ica:` block that replace the config's.
+
+    Returns:
+        the callback, and None: LLaMA-Factory keeps the rows in the order of the file, or the callback's files say that it does not.
+
+    Raises:
+        ICAError: what is wrong with the config.
+    """
+    from llamafactory.train import tuner
+
+    warn_if_untested("llamafactory")
+    args = yaml.safe_load(path.read_text())
+    block = parse_config(args.pop("ica", None)).model_dump(exclude_unset=True)
+    config = parse_config({**block, "weights": None, **changes})
+    refuse_unsupported(args, config)
+    found: list[ICACallback] = []
+
+    class Attached(Exception):
+        pass
+
+    def stop(trainer: Trainer, *_: Any, **__: Any) -> None:
+        found.append(attach(trainer, config))
+        raise Attached
+
+    host_train = Trainer.train
+    Trainer.train = stop
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Attached):
+            tuner.run_exp({**args, "output_dir": folder, "report_to": "none", "plot_loss": False})
+    finally:
+        Trainer.train = host_train
+    if not found:
+        raise ICAError(
+            "LLaMA-Factory ended without handing its trainer to transformers' `train()`; please report the config and its version."
+        )
+    return found[0], None
+
+
+def _one_row(features: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: torch.tensor([value]) for key, value in features[0].items() if value is not None}

@@ -1,0 +1,1 @@
+"""The policy's log-probs and gradients, without a trace on training."""

@@ -1,0 +1,108 @@
+"""Attach to a trainer: row ids, weights, and the callback. Every host ends here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import Trainer
+
+from ..config import ICAConfig
+from ..data.holdout import check_holdout, joined
+from ..data.read import read_examples
+from ..data.row_ids import NO_ROW, row_ids_of
+from ..data.store import Example, scored_tokens
+from ..data.weights_file import check_weights, read_weights
+from ..errors import ICAError
+from ..log import get_logger
+from ..policy.model import model_context
+from ..training.refusals import _refuse_what_cannot_be_weighted, loss_types
+from ..training.wrap import _add_row_ids, _wrap_batches, _wrap_checkpoints, _wrap_loss
+from .callback import ICACallback
+
+
+def attach_examples(
+    trainer: Trainer,
+    config: ICAConfig,
+    *,
+    read_holdout: Callable[[ICAConfig], tuple[str, list[Example]]],
+    weights: Any = None,
+    moved_rows: str = "",
+) -> ICACallback:
+    """Make a trainer train with weights: what all hosts share.
+
+    Adds an integer column to `trainer.train_dataset`, wraps the collator, `compute_loss`, `get_batch_samples` and the two methods
+    that write and read checkpoints on the instance, and adds a callback. The host's loss, sampler, optimizer and logging stay its
+    own.
+
+    Args:
+        trainer: before `train()`.
+        config: the block.
+        read_holdout: takes the block for one holdout set, and returns the set's name for messages and its rows. Not called
+            with given weights.
+        weights: float [n], a weight per row of `trainer.train_dataset`, instead of the block's `weights`.
+        moved_rows: why the trainer's rows do not stand as in the data file, if they do not.
+
+    Raises:
+        ICAError: what cannot be weighted exactly, and what to do about it.
+    """
+    _refuse_what_cannot_be_weighted(trainer)
+    train = read_examples(trainer.train_dataset, trainer.data_collator)
+    unsupervised = [i for i, row in enumerate(train) if not row.can_be_scored]
+    if len(unsupervised) == len(train):
+        raise ICAError("no train row has a supervised token; check the dataset's `type` and label masks.")
+    if unsupervised:
+        get_logger().warning(
+            "%d of %d train rows have no supervised token (first: row %d) and get weight 0.",
+            len(unsupervised),
+            len(train),
+            unsupervised[0],
+        )
+    row_ids = row_ids_of(trainer.train_dataset)
+    given = holdout = None
+    if weights is not None or config.weights is not None:
+        given = _given_weights(trainer, weights, config, row_ids, train, moved_rows)
+    else:
+        context = model_context(trainer.model)
+        holdout = joined({name: check_holdout(*read_holdout(one), train, context) for name, one in config.sets.items()})
+    callback = ICACallback(trainer, config, train, holdout, given=given, length_normalize=_length_normalize(trainer, config))
+    callback.files.moved_rows = moved_rows
+    _add_row_ids(trainer, row_ids)
+    _wrap_loss(trainer, callback)
+    _wrap_batches(trainer, callback)
+    _wrap_checkpoints(trainer, callback)
+    trainer.add_callback(callback)
+    return callback
+
+
+def _length_normalize(trainer: Trainer, config: ICAConfig) -> bool:
+    if config.length_normalize is not None:
+        return config.length_normalize
+    return bool(loss_types(trainer) & LENGTH_NORMALIZED_LOSSES)
+
+
+LENGTH_NORMALIZED_LOSSES = {"simpo", "orpo", "sigmoid_norm"}
+
+
+def _given_weights(
+    trainer: Trainer, weights: Any, config: ICAConfig, row_ids: list[Any], train: list[Example], moved_rows: str
+) -> np.ndarray:
+    """The weight of each example, float64 [examples]: the array `weights`, or what the block's `weights` names."""
+    dataset, examples = trainer.train_dataset, len(train)
+    if weights is None and config.weights not in dataset.column_names:
+        if not Path(config.weights).suffix:
+            raise ICAError(
+                f"ica.weights: {config.weights}: the train dataset has no such column, only {dataset.column_names}. Give one "
+                "of them, or a .parquet, .csv or .jsonl file with the columns row and weight."
+            )
+        return read_weights(config.weights, examples, tokens=scored_tokens(train), moved_rows=moved_rows)
+    where = "weights" if weights is not None else f"ica.weights: column `{config.weights}`"
+    given = check_weights(dataset[config.weights] if weights is None else weights, where)
+    if given.shape == (len(dataset),) and np.ndim(row_ids[0]) == 1:
+        # One weight per packed row is one for each of its examples.
+        given = np.repeat(given, [len(np.unique([i for i in ids if i != NO_ROW])) for ids in row_ids])
+    if given.shape != (examples,):
+        raise ICAError(f"{where}: shape {given.shape}, but the trainer has {examples} train rows; give one weight per row.")
+    return given

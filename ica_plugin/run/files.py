@@ -1,0 +1,142 @@
+"""What a run leaves in `{output_dir}/ica/`: scores.parquet and run.json, each written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..log import get_logger
+
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("refresh", pa.int64()),
+        ("step", pa.int64()),
+        ("base_logprob", pa.float64()),
+        ("context_logprob", pa.float64()),
+        ("score", pa.float64()),
+        ("weight", pa.float32()),
+        ("tokens", pa.int64()),
+        ("demos", pa.list_(pa.int64())),
+    ]
+)
+
+
+# Key of a scores file's metadata: rows of the data file, where not all of them became train rows in their order.
+SOURCE_ROWS = "ica_source_rows"
+
+
+# The same, where the host moved rows and it is not known where to: why they do not stand as in the file.
+MOVED_ROWS = "ica_moved_rows"
+
+
+PACKAGES = ("ica-plugin", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "axolotl", "llamafactory")
+
+
+class RunFiles:
+    """Writes the two files of one run. A full disk or a read-only folder is reported, and the run goes on.
+
+    Attributes:
+        moved_rows: why `row` is not the place in the data file; "" where it is.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike):
+        self.folder = Path(output_dir) / "ica"
+        self.moved_rows = ""
+        self._tables: list[pa.Table] = []
+
+    def add_scores(self, columns: dict[str, Any]) -> None:
+        """Add the rows of one refresh to scores.parquet.
+
+        Args:
+            columns: the names of SCHEMA, and further ones of float64; NaN becomes null.
+        """
+        self._tables.append(score_table(columns))
+        table = pa.concat_tables(self._tables, promote_options="default")  # a resumed run may have other scorers
+        table = table.replace_schema_metadata({MOVED_ROWS: self.moved_rows} if self.moved_rows else None)
+        self._write("scores.parquet", lambda path: pq.write_table(table, path))
+
+    def keep_scores(self, refreshes: int) -> None:
+        """Take over what scores.parquet holds of the first `refreshes` refreshes: a resumed run goes on from there."""
+        path = self.folder / "scores.parquet"
+        try:
+            table = pq.read_table(path)
+            table = table.select([*SCHEMA.names, *(name for name in table.column_names if name not in SCHEMA.names)])
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            if refreshes:
+                get_logger().warning("%s cannot be read (%s), so it begins anew with refresh %d.", path, error, refreshes)
+            return
+        self._tables = [table.filter(pc.less(table["refresh"], refreshes))]
+
+    def write_run(self, record: dict[str, Any]) -> None:
+        """Write run.json."""
+        text = json.dumps({**record, "versions": versions()}, indent=2, default=str) + "\n"
+        self._write("run.json", lambda path: path.write_text(text))
+
+    def _write(self, name: str, write: Any) -> None:
+        partial = self.folder / f".{name}.partial"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            os.replace(partial, self.folder / name)
+        except OSError as error:
+            get_logger().warning(
+                "%s could not be written (%s). Training goes on with the right weights; free the disk or fix the folder's "
+                "permissions and the next refresh writes it again.",
+                self.folder / name,
+                error,
+            )
+
+
+class ScoreFile(RunFiles):
+    """Writes the scores of `ica-plugin score`, and nothing else, to one file.
+
+    Args:
+        path: where.
+        source: int64 [train rows], each train row's place in the data file; None where it is the row's own index, or not known.
+        source_rows: rows of the data file, where `source` is given.
+        moved_rows: as of RunFiles; where `source` is given it does not matter.
+    """
+
+    def __init__(self, path: Path, source: np.ndarray | None = None, source_rows: int | None = None, *, moved_rows: str = ""):
+        self.path, self.source, self.source_rows, self.moved_rows = path, source, source_rows, moved_rows
+
+    def add_scores(self, columns: dict[str, Any]) -> None:
+        if self.source is not None:
+            columns = {**columns, "source": self.source[columns["row"]]}
+        table = score_table(columns)
+        if self.source_rows is not None:
+            table = table.replace_schema_metadata({SOURCE_ROWS: str(self.source_rows)})
+        elif self.moved_rows:
+            table = table.replace_schema_metadata({MOVED_ROWS: self.moved_rows})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, self.path)
+
+    def write_run(self, record: dict[str, Any]) -> None:
+        pass
+
+
+def score_table(columns: dict[str, Any]) -> pa.Table:
+    """The columns of SCHEMA, then the others (float64), as a table; NaN becomes null."""
+    further = [(name, pa.int64() if name == "source" else pa.float64()) for name in columns if name not in SCHEMA.names]
+    schema = pa.schema([*SCHEMA, *further])
+    return pa.Table.from_arrays([pa.array(columns[field.name], field.type, from_pandas=True) for field in schema], schema=schema)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide the result."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,125 @@
+"""What a scorer gets to see, and what scorers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..config import ICAConfig
+from ..data.holdout import Holdout
+from ..data.store import Example, Sequence
+from ..errors import ICAError
+from ..policy.adapters import require_adapter, require_untouched_base, without_adapter
+from ..policy.engine import Engine, Progress
+from .ica import Scores, ica_scores
+
+
+@dataclass
+class ScoringContext:
+    """One scoring of n rows with the policy as it is now.
+
+    Log-probs that several scorers need are computed once.
+
+    Attributes:
+        engine: the policy's log-probs.
+        config: the block.
+        train: every train row.
+        rows: the n rows to score, indices into `train`.
+        demonstrations: for each of `rows`, indices into `holdout.examples`; empty lists where no scorer shows any.
+        holdout: checked holdout.
+        length_normalize: mean log-probs for pairs.
+        beta: of the run's preference loss.
+        limit: the model's context in tokens; None if unlimited.
+        optimizer: of the run, once there is one.
+        parts: names of the scorers computed together.
+        kept: what a scorer keeps from one refresh to the next.
+        progress: called with the number of sequences done.
+    """
+
+    engine: Engine
+    config: ICAConfig
+    train: list[Example]
+    rows: list[int]
+    demonstrations: list[list[int]]
+    holdout: Holdout
+    length_normalize: bool
+    beta: float = 0.1
+    limit: int | None = None
+    optimizer: Any = None
+    parts: list[str] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)
+    progress: Progress = lambda done: None
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """The rows to score."""
+        return [self.train[row] for row in self.rows]
+
+    @property
+    def kind(self) -> str:
+        """Kind of every row of the run: sft, pair or unpaired."""
+        return self.train[0].kind
+
+    @property
+    def shown(self) -> list[Example]:
+        """The holdout rows that count: with a supervised token, and desirable."""
+        return [self.holdout.examples[i] for i in self.holdout.shown]
+
+    @cached_property
+    def sign(self) -> np.ndarray:
+        """float64 [n]; −1 for undesirable unpaired rows, which are better the less likely they are, else 1."""
+        return np.array([1.0 if row.desirable else -1.0 for row in self.examples])
+
+    @cached_property
+    def ica(self) -> Scores:
+        """ICA scores of the rows."""
+        return ica_scores(
+            self.engine,
+            self.examples,
+            self.demonstrations,
+            self.holdout.examples,
+            length_normalize=self.length_normalize,
+            progress=self.progress,
+        )
+
+    @cached_property
+    def sums(self) -> np.ndarray:
+        """float64 [n, sequences]: summed log-prob of each sequence under the policy; NaN for rows that cannot be scored."""
+        return self.ica.sums if "ica" in self.parts else self.logprob_sums(self.examples)
+
+    @cached_property
+    def reference_sums(self) -> np.ndarray:
+        """The same under the reference, the policy with its adapter switched off.
+
+        Raises:
+            ICAError: the policy has no adapter.
+        """
+        require_adapter(self.engine.model, "a reference model is the policy with its adapter switched off")
+        require_untouched_base(self.engine.model)
+        with without_adapter(self.engine.model):
+            return self.logprob_sums(self.examples)
+
+    def logprob_sums(self, examples: list[Example]) -> np.ndarray:
+        """float64 [len(examples), sequences]: the same for any rows, under the model as it is at the time of the call."""
+        scored = [i for i, row in enumerate(examples) if row.can_be_scored]
+        flat: list[Sequence] = [sequence for i in scored for sequence in examples[i].sequences]
+        result = np.full((len(examples), 2 if self.kind == "pair" else 1), np.nan)
+        if flat:
+            result[scored] = self.engine.logprobs(flat, self.progress).reshape(len(scored), -1)
+        return result
+
+
+def require_pairs(context: ScoringContext, name: str) -> None:
+    """Raise ICAError where the run does not train on preference pairs."""
+    if context.kind != "pair":
+        raise ICAError(
+            f"ica.score: {name} is defined for preference pairs, and this run trains on {context.kind} rows. "
+            "Use ica, likelihood or another scorer of docs/scorers.md."
+        )
+
+
+Scorer = Callable[[ScoringContext], np.ndarray]

@@ -1,0 +1,48 @@
+"""One-shot gain: the reverse of ICA, how much a row helps the holdout when it is the demonstration."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..data.store import Sequence
+from ..policy.losses import token_means
+from .context import ScoringContext
+from .ica import ROWS_PER_BLOCK, in_context
+
+
+def one_shot(context: ScoringContext) -> np.ndarray:
+    """`mean over h of [s(h | row) − s(h)]`, with s the mean log-prob per token of the holdout row's response (pairs: chosen
+    less rejected), and h the row's demonstrations under `retrieval`, its nearest holdout rows.
+
+    Nuggets (arXiv 2312.10302, eq. 2 to 4) asks for how many rows of a fixed task set the one-shot score is above the zero-shot
+    one; the ICA paper (arXiv 2510.14459) compares with it. Here the k nearest holdout rows stand for the set, which bounds
+    the cost by that of ICA, and the gain itself stands for its sign, which takes k + 1 values only.
+
+    Returns:
+        float64 [n], nats per token; NaN where no holdout row fits behind the row. Negative for undesirable rows.
+    """
+    holdout, limit = context.holdout.examples, np.inf if context.limit is None else context.limit
+    needed = sorted({d for demonstrations in context.demonstrations for d in demonstrations})
+    alone = dict(zip(needed, token_means(context.logprob_sums([holdout[d] for d in needed]), [holdout[d] for d in needed])))
+    result = np.full(len(context.rows), np.nan)
+    scored = [i for i, row in enumerate(context.examples) if row.can_be_scored]
+    for start in range(0, len(scored), ROWS_PER_BLOCK):
+        pairs = [
+            (i, d)
+            for i in scored[start : start + ROWS_PER_BLOCK]
+            for d in context.demonstrations[i]
+            if len(context.examples[i].demonstration.tokens) + holdout[d].longest <= limit
+        ]
+        flat: list[Sequence] = [
+            in_context(sequence, [context.examples[i].demonstration.tokens])
+            for i, d in pairs
+            for sequence in holdout[d].sequences
+        ]
+        if not pairs:
+            continue
+        sums = context.engine.logprobs(flat, context.progress).reshape(len(pairs), -1)
+        gains = token_means(sums, [holdout[d] for _, d in pairs]) - np.array([alone[d] for _, d in pairs])
+        rows = np.array([i for i, _ in pairs])
+        for i in np.unique(rows):
+            result[i] = gains[rows == i].mean()
+    return context.sign * result

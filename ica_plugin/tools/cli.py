@@ -1,0 +1,135 @@
+"""The `ica-plugin` command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import ICAError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools around the `ica:` block of a training config.")
+
+
+Config = Annotated[Path, typer.Argument(help="An Axolotl or LLaMA-Factory config with an `ica:` block.")]
+
+
+@app.command()
+def validate(config: Config) -> None:
+    """Check a config, its data and its holdout through the host's own loaders, without loading the model."""
+    with _errors(config):
+        summary = _host(config).validate(config)
+    table = Table(show_header=False)
+    for name, value in summary.items():
+        table.add_row(name, str(value))
+    Console().print(f"{config}: ready to train", soft_wrap=True)
+    Console().print(table)
+
+
+@app.command()
+def score(
+    config: Config,
+    out: Annotated[Path, typer.Option(help="The scores, as a parquet file.")] = Path("scores.parquet"),
+    score: Annotated[str | None, typer.Option(help='Scorers instead of the config\'s, as in "ica + likelihood".')] = None,
+) -> None:
+    """Score every train row with the model as the config loads it, and train nothing.
+
+    Several processes: accelerate launch -m ica_plugin score CONFIG --out scores.parquet
+    """
+    from .score import write_scores
+
+    with _errors(config):
+        written = write_scores(_host(config), config, out, score)
+    if written:
+        Console().print(f"{written} rows scored: {out}")
+
+
+@app.command()
+def select(
+    scores: Annotated[Path, typer.Argument(help="A scores file of `ica-plugin score`, or a run's ica/scores.parquet.")],
+    data: Annotated[Path, typer.Option(help="The data file that was scored: jsonl, json, csv or parquet.")],
+    out: Annotated[Path, typer.Option(help="Where the selected rows go, in the same format.")],
+    keep: Annotated[float, typer.Option(min=0, max=1, help="Share of the scored rows to keep, best first.")] = 0.5,
+) -> None:
+    """Write the best rows of a data file, in their order and unchanged."""
+    from .select import select_rows
+
+    with _errors(scores):
+        kept, total = select_rows(scores, data, out, keep)
+    Console().print(f"{kept} of {total} rows: {out}")
+
+
+@app.command()
+def report(
+    output_dir: Annotated[Path, typer.Argument(help="The `output_dir` of a run with an `ica:` block.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; the numbers lie beside it as JSON. Default: in the run's ica folder.")
+    ] = None,
+) -> None:
+    """What a finished run did with its weights: over time, effective sample size, overhead, who gained and lost."""
+    from .report import write_report
+
+    with _errors(output_dir):
+        page = write_report(output_dir, out)
+    Console().print(f"{page} and {page.with_suffix('.json')}")
+
+
+@app.command()
+def audit(
+    config: Config,
+    out: Annotated[Path, typer.Option(help="The HTML file; the numbers lie beside it as JSON.")] = Path("audit.html"),
+    rows: Annotated[int, typer.Option(min=20, help="Train rows to score, drawn by the block's seed.")] = 200,
+    planted: Annotated[int, typer.Option(min=5, help="Of these, rows that are also scored corrupted.")] = 50,
+    score: Annotated[
+        list[str] | None, typer.Option(help="A scorer or a sum; may be given several times. Default: all that need no training.")
+    ] = None,
+) -> None:
+    """What the scorers say of this data and model, before any training: distributions, agreement, sensitivity, planted noise."""
+    from .audit import write_audit
+
+    with _errors(config):
+        page = write_audit(_host(config), config, out, rows=rows, planted=planted, scorers=score)
+    Console().print(f"{page} and {page.with_suffix('.json')}")
+
+
+@contextmanager
+def _errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except ICAError as error:
+        typer.secho(f"{file}: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from None
+
+
+def _host(config: Path):
+    """The host's module, told by the key that names the model."""
+    if not config.is_file():
+        raise ICAError("no such file.")
+    try:
+        keys = yaml.safe_load(config.read_text())
+    except yaml.YAMLError as error:
+        raise ICAError(f"not valid YAML: {error}") from None
+    if not isinstance(keys, dict):
+        raise ICAError("not a config: it holds no keys.")
+    if "ica" not in keys:
+        raise ICAError("there is no `ica:` block in it. Add `ica:` with at least `holdout: <path>`.")
+    if "base_model" in keys:
+        if not any("ica_plugin" in str(plugin) for plugin in keys.get("plugins") or []):
+            raise ICAError(
+                "it has an `ica:` block, but `plugins` does not list ica_plugin.ICAPlugin, so Axolotl would ignore the block "
+                "and train unweighted. Add `plugins: [ica_plugin.ICAPlugin]`."
+            )
+        from ..hosts.axolotl import tools
+
+        return tools
+    if "model_name_or_path" in keys:
+        from ..hosts.llamafactory import tools
+
+        return tools
+    raise ICAError("neither an Axolotl config (`base_model`) nor a LLaMA-Factory config (`model_name_or_path`).")

@@ -1,0 +1,1 @@
+"""How weights enter the host's training: gradients, and everything that is hooked on a trainer."""

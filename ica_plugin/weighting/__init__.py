@@ -1,0 +1,1 @@
+"""Scores → weights, and what goes with them: demonstrations, neighbours, draws."""
