@@ -14,8 +14,8 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, T5Config, T5ForConditionalGeneration
 
+import hosts.trl.trl_harness as trl_harness
 import tiny
-import trl_host.trl_harness as trl_harness
 from checks import callback_of
 from ica_plugin import attach
 from ica_plugin.config import parse_config
@@ -23,7 +23,7 @@ from ica_plugin.data.batches import examples_from_batch
 from ica_plugin.errors import ICAError
 from runs import ROWS, build, refreshes, run, tokenised
 
-PAGE = Path(__file__).parents[1] / "docs" / "bad-input.md"
+PAGE = Path(__file__).parents[2] / "docs" / "bad-input.md"
 
 
 def holdout_file(folder: Path, *lines: str) -> dict:
