@@ -21,6 +21,7 @@ from ..log import get_logger
 from ..policy.engine import Engine
 from ..policy.memory import budget_for
 from ..policy.model import model_context
+from ..policy.reference import reference_of
 from ..scorers import CONTRACT_COLUMNS, balanced_score, scores_for_sets
 from ..scorers.context import ScoringContext
 from ..training.injection import GradientInjection
@@ -317,6 +318,7 @@ class ICACallback(TrainerCallback):
             demonstrations=demonstrations,
             holdout=self.holdout,
             length_normalize=self.length_normalize,
+            reference=reference_of(self.trainer),
             beta=float(getattr(self.trainer, "beta", None) or getattr(self.trainer.args, "beta", None) or 0.1),
             limit=model_context(self.trainer.model),
             optimizer=self.trainer.optimizer,
