@@ -15,6 +15,7 @@ from ..data.store import Example
 from ..policy.engine import Engine
 from ..policy.memory import budget_for
 from ..policy.model import model_context
+from ..policy.reference import reference_of
 from ..scorers import scores_for_sets
 from ..scorers.context import ScoringContext
 from ..weighting.retrieval import Embed, retrieve
@@ -116,6 +117,7 @@ class Scoring:
             demonstrations=demonstrations,
             holdout=self.holdout,
             length_normalize=self.length_normalize,
+            reference=reference_of(self.trainer),
             beta=float(getattr(self.trainer, "beta", None) or getattr(self.trainer.args, "beta", None) or 0.1),
             limit=model_context(self.trainer.model),
             optimizer=self.trainer.optimizer,
