@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..config import ICAConfig
 from ..data.holdout import Holdout
-from ..data.store import Example
+from ..data.store import Rows
 from ..errors import ICAError
 from ..training.injection import GradientInjection
 from ..training.wrap import Hooks
@@ -51,7 +51,7 @@ class ICACallback(TrainerCallback):
         self,
         trainer: Trainer,
         config: ICAConfig,
-        train: list[Example],
+        train: Rows,
         holdout: Holdout,
         *,
         given: np.ndarray | None,

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ..data.store import scored_tokens
 from ..scorers import CONTRACT_COLUMNS, balanced_score
 from ..weighting.retrieval import report_fewer
 from ..weighting.weights import Weights, weights_from_scores
@@ -43,7 +42,7 @@ class Refresh:
         self.scoring, self.state, self.files = scoring, state, files
         self.budgeted: Budgeted | None = None
         self.neighbour_correlation: float | None = None
-        self.tokens = scored_tokens(scoring.train)
+        self.tokens = scoring.train.supervised
         self._ranks, self._clock, self._report = ranks, clock, report
 
     def __call__(self, rows: list[int], *, shared: bool, until: int = 0) -> None:
@@ -124,7 +123,7 @@ class Refresh:
         shows = config.shows_demonstrations
         neutral = np.array([shows and not shown for shown in self.state.shown(rows)])
         if self.budgeted is None:
-            by_token = self.scoring.train[0].kind == "sft"
+            by_token = self.scoring.train.kind == "sft"
             return weights_from_scores(columns["score"], config, tokens=self.tokens[rows], by_token=by_token, neutral=neutral)
         neighbours, known, scored = self.budgeted.neighbours, self.state.scores.numpy(), columns["scored"]
         assert neighbours is not None

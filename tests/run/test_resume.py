@@ -136,7 +136,7 @@ def test_the_state_is_small_and_a_full_disk_does_not_end_the_run(tmp_path, check
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ica_plugin.run.state.save_file", full)
+    monkeypatch.setattr("ica_plugin.run.checkpoint.save_file", full)
     trainer = run(tmp_path, BLOCKS["window"], **SAVING)
     assert trainer.state.global_step == 12 and not list(tmp_path.rglob(f"*{STATE_FILE}*"))
     assert "a run resumed from this checkpoint scores its rows again" in capfd.readouterr().err
@@ -195,7 +195,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 def test_killed_at_random_moments_and_resumed_it_ends_the_same(tmp_path, monkeypatch):
     """27 runs: nine stopped while scoring, nine in or between steps, nine while a checkpoint is written; three of them by
     SIGTERM, the others by SIGKILL."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the server does not take over sys.path
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1]))))  # the server does not take over sys.path
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["checks", "runs", "test_resume"])
     rng = random.Random(0)
