@@ -49,6 +49,7 @@ def attach_examples(
         ICAError: what cannot be weighted exactly, and what to do about it.
     """
     _refuse_what_cannot_be_weighted(trainer)
+    row_ids = row_ids_of(trainer.train_dataset)
     train = read_examples(trainer.train_dataset, trainer.data_collator)
     unsupervised = np.flatnonzero(~train.can_be_scored)
     if len(unsupervised) == len(train):
@@ -60,7 +61,6 @@ def attach_examples(
             len(train),
             unsupervised[0],
         )
-    row_ids = row_ids_of(trainer.train_dataset)
     given = holdout = None
     if weights is not None or config.weights is not None:
         given = _given_weights(trainer, weights, config, row_ids, train, moved_rows)
@@ -69,7 +69,7 @@ def attach_examples(
         holdout = joined({name: check_holdout(*read_holdout(one), train, context) for name, one in config.sets.items()})
     callback = ICACallback(trainer, config, train, holdout, given=given, length_normalize=_length_normalize(trainer, config))
     callback.files.moved_rows = moved_rows
-    _add_row_ids(trainer, row_ids)
+    _add_row_ids(trainer, row_ids, train)
     _wrap_loss(trainer, callback)
     _wrap_batches(trainer, callback)
     _wrap_checkpoints(trainer, callback)

@@ -9,13 +9,14 @@ import torch
 from transformers import Trainer
 
 from ..data.row_ids import ROW_IDS, RowIdCollator
+from ..data.store import Rows
 from ..errors import ICAError
 from ..run.callback import ICACallback
 
 
-def _add_row_ids(trainer: Trainer, row_ids: list[Any]) -> None:
+def _add_row_ids(trainer: Trainer, row_ids: list[Any], rows: Rows) -> None:
     trainer.train_dataset = trainer.train_dataset.add_column(ROW_IDS, row_ids)
-    trainer.data_collator = RowIdCollator(trainer.data_collator)
+    trainer.data_collator = RowIdCollator(trainer.data_collator, rows)
     host_columns = trainer._set_signature_columns_if_needed
 
     @functools.wraps(host_columns)
