@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Environments are made on first use.
+# Three commands do everything: `make demo`, `make test` and `make lint`. Environments are made on first use.
 PYTHON ?= python3.11
 # Axolotl 0.21 needs Python 3.12; its tests run where one is found.
 PYTHON312 ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 --version >/dev/null 2>&1 && echo python3.12 || ls $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12*/bin/python 2>/dev/null | tail -1)
@@ -7,7 +7,9 @@ JOBS ?= 2
 PYTEST = -m pytest -q -n $(JOBS) --dist worksteal --durations 10
 PIP_FLAGS = -q --disable-pip-version-check
 
-.PHONY: setup demo test test-fast test-axolotl test-axolotl-next test-trl test-llamafactory audit docs clean
+LINT = .venv-lint/bin
+
+.PHONY: setup demo lint format test test-fast test-axolotl test-axolotl-next test-trl test-llamafactory audit docs clean
 
 setup: .venv/.done .venv-llamafactory/.done
 
@@ -29,6 +31,23 @@ setup: .venv/.done .venv-llamafactory/.done
 	.venv-axolotl-next/bin/pip install $(PIP_FLAGS) torch==2.13.0 axolotl==0.21.0
 	.venv-axolotl-next/bin/pip install $(PIP_FLAGS) -e '.[dev]'
 	touch $@
+
+# An environment of its own, made in seconds: the checks read the source and need neither torch nor a host.
+.venv-lint/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-lint
+	$(LINT)/pip install $(PIP_FLAGS) 'pip>=25.1'
+	$(LINT)/pip install $(PIP_FLAGS) --group lint
+	touch $@
+
+lint: .venv-lint/.done
+	$(LINT)/ruff check .
+	$(LINT)/ruff format --check .
+	$(LINT)/mypy
+	NO_MKDOCS_2_WARNING=1 $(LINT)/mkdocs build --strict --quiet
+
+format: .venv-lint/.done
+	$(LINT)/ruff check --fix .
+	$(LINT)/ruff format .
 
 demo: .venv/.done
 	.venv/bin/python -m demo
@@ -63,9 +82,8 @@ audit: .venv/.done
 	.venv/bin/python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" > .venv/direct.txt
 	.venv/bin/pip-audit -r .venv/direct.txt
 
-docs: .venv/.done
-	.venv/bin/pip install $(PIP_FLAGS) -e '.[docs]'
-	.venv/bin/mkdocs build --strict
+docs: .venv-lint/.done
+	NO_MKDOCS_2_WARNING=1 $(LINT)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-llamafactory .venv-axolotl-next demo/build site
+	rm -rf .venv .venv-lint .venv-llamafactory .venv-axolotl-next demo/build site

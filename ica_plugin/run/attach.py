@@ -10,17 +10,18 @@ import numpy as np
 from transformers import Trainer
 
 from ..config import ICAConfig
-from ..data.holdout import check_holdout, joined
+from ..data.holdout import Holdout, check_holdout, joined
 from ..data.read import read_examples
-from ..data.row_ids import NO_ROW, row_ids_of
+from ..data.row_ids import NO_ROW, digest_of_ids, row_ids_of
 from ..data.store import Rows
 from ..data.weights_file import check_weights, read_weights
 from ..errors import ICAError
 from ..log import get_logger
 from ..policy.model import model_context
 from ..training.refusals import _refuse_what_cannot_be_weighted, loss_types
-from ..training.wrap import _add_row_ids, _wrap_batches, _wrap_checkpoints, _wrap_loss
+from ..training.wrap import Hooks
 from .callback import ICACallback
+from .checkpoint import facts_of
 
 
 def attach_examples(
@@ -33,9 +34,7 @@ def attach_examples(
 ) -> ICACallback:
     """Make a trainer train with weights: what all hosts share.
 
-    Adds an integer column to `trainer.train_dataset`, wraps the collator, `compute_loss`, `get_batch_samples` and the two methods
-    that write and read checkpoints on the instance, and adds a callback. The host's loss, sampler, optimizer and logging stay its
-    own.
+    Puts `training.wrap.Hooks` on the instance and adds a callback. The host's loss, sampler, optimizer and logging stay its own.
 
     Args:
         trainer: before `train()`.
@@ -61,18 +60,16 @@ def attach_examples(
             len(train),
             unsupervised[0],
         )
-    given = holdout = None
+    given, holdout = None, Holdout([], [], [])
     if weights is not None or config.weights is not None:
         given = _given_weights(trainer, weights, config, row_ids, train, moved_rows)
     else:
         context = model_context(trainer.model)
         holdout = joined({name: check_holdout(*read_holdout(one), train, context) for name, one in config.sets.items()})
     callback = ICACallback(trainer, config, train, holdout, given=given, length_normalize=_length_normalize(trainer, config))
+    callback.ranks.agree(facts_of(config, train, holdout, given) | {"row ids": digest_of_ids(row_ids)})
     callback.files.moved_rows = moved_rows
-    _add_row_ids(trainer, row_ids, train)
-    _wrap_loss(trainer, callback)
-    _wrap_batches(trainer, callback)
-    _wrap_checkpoints(trainer, callback)
+    callback.hooks = Hooks(trainer, row_ids, train, callback)
     trainer.add_callback(callback)
     return callback
 

@@ -144,12 +144,12 @@ def empty_answers(folder: Path):
 def row_that_fills_the_context(folder: Path):
     long = row([5] * 1020)
     trainer = run(folder, {}, train=Dataset.from_list([*tokenised(5, 0).to_list(), long]), num_train_epochs=1)
-    assert callback_of(trainer)._demonstrations[5] == [] and callback_of(trainer).weights[5] == 1
+    assert callback_of(trainer).state.shown([5])[0] == [] and callback_of(trainer).weights[5] == 1
 
 
 def one_holdout_row(folder: Path):
     trainer = run(folder, {}, holdout=tokenised(1, 9))
-    assert {tuple(demos) for demos in callback_of(trainer)._demonstrations} == {(0,)}
+    assert {tuple(demos) for demos in callback_of(trainer).state.shown(range(len(callback_of(trainer).train)))} == {(0,)}
     assert callback_of(trainer).weights.std() > 0
 
 
@@ -166,7 +166,7 @@ def equal_scores(folder: Path):
 def row_in_both_sets(folder: Path):
     both = Dataset.from_list([*tokenised(3, 9).to_list(), tokenised(ROWS, 0)[4]])
     trainer = run(folder, {"k": 4}, holdout=both)
-    demonstrations = callback_of(trainer)._demonstrations
+    demonstrations = callback_of(trainer).state.shown(range(len(callback_of(trainer).train)))
     assert sorted(demonstrations[4]) == [0, 1, 2] and sorted(demonstrations[5]) == [0, 1, 2, 3]
 
 
