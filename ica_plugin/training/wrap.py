@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer
 
 from ..data.row_ids import ROW_IDS, RowIdCollator
+from ..data.store import Rows
 from ..errors import ICAError
 
 NOT_THERE = object()
@@ -65,11 +66,12 @@ class Hooks:
     Args:
         trainer: the host's, before `train()`.
         row_ids: one per row of its dataset, see `data.row_ids.row_ids_of`.
+        stored: the rows that the ids count, by whose tokens they are found in a batch.
         run: what is called.
     """
 
-    def __init__(self, trainer: Trainer, row_ids: list[Any], run: Run):
-        self._trainer, self._row_ids, self._run = trainer, row_ids, run
+    def __init__(self, trainer: Trainer, row_ids: list[Any], stored: Rows, run: Run):
+        self._trainer, self._row_ids, self._stored, self._run = trainer, row_ids, stored, run
         self._rows = trainer.train_dataset
         self._on = False  # what somebody else hooked on after us may still call ours when it is off
         self._before: dict[str, tuple[Any, Any]] = {}  # attribute → what stood on the instance, what we put there
@@ -100,7 +102,7 @@ class Hooks:
                 "Attach to a new trainer."
             )
         self._put("train_dataset", self._rows.add_column(ROW_IDS, self._row_ids))
-        self._put("data_collator", RowIdCollator(trainer.data_collator))
+        self._put("data_collator", RowIdCollator(trainer.data_collator, self._stored))
         for name, make in (
             ("_set_signature_columns_if_needed", self._columns),
             ("get_batch_samples", self._batches),
