@@ -14,6 +14,7 @@ from ..data.store import Example, scored_tokens
 from ..log import get_logger
 from ..policy.engine import Engine
 from ..weighting.neighbours import Neighbours, row_features
+from .scoring import Scoring
 
 # A backward costs at least as much as its forward, so a training step at least this many forwards.
 FORWARDS_PER_STEP = 2
@@ -217,3 +218,18 @@ def affordable(prompts: list[np.ndarray], seconds_per_token: float, seconds: flo
     order = spread(len(prompts))
     cost = np.cumsum([len(prompts[i]) for i in order]) * seconds_per_token
     return sorted(order[: max(least, int((cost <= seconds).sum()))].tolist())
+
+
+def within_budget(scoring: Scoring, state: Any, loader: Any) -> Budgeted:
+    """`Budgeted` for a run that begins.
+
+    Args:
+        scoring: of the run.
+        state: the trainer's, at the run's first step.
+        loader: the trainer's data loader, whose batches may be packed; None where it is not known.
+    """
+    args, ranks, train = scoring.trainer.args, scoring.trainer.accelerator.num_processes, scoring.train
+    rows = len(train) / (len(loader) * ranks) if loader is not None else args.per_device_train_batch_size
+    allowance = Allowance(scoring.config.budget, state.global_step, state.max_steps)
+    micro_batch = min(args.per_device_train_batch_size, len(train))
+    return Budgeted(scoring.config, train, scoring.holdout, allowance, rows * args.gradient_accumulation_steps, micro_batch)
