@@ -14,6 +14,7 @@ from ..data.store import Example, scored_tokens
 from ..log import get_logger
 from ..policy.engine import Engine
 from ..weighting.neighbours import Neighbours, row_features
+from ..weighting.weights import Weights
 
 # A backward costs at least as much as its forward, so a training step at least this many forwards.
 FORWARDS_PER_STEP = 2
@@ -40,6 +41,7 @@ class Budgeted:
         allowance: the time.
         rows_per_step: train rows of an optimizer step on this rank.
         micro_batch: train rows of a micro-batch.
+        known: float64 [n], scores of a resumed run; NaN where there are none.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class Budgeted:
         allowance: Allowance,
         rows_per_step: float,
         micro_batch: int,
+        known: np.ndarray,
     ):
         self.allowance = allowance
         self.holdout = holdout
-        self.neighbours: Neighbours | None = None
+        self._known = known
+        self._neighbours: Neighbours | None = None
         self._config, self._train = config, train
         self._rows_per_step, self._micro_batch = rows_per_step, micro_batch
         self._row_guess = 0.0
@@ -79,8 +83,8 @@ class Budgeted:
             columns `row`, `scored`, and `base`, `context`, `score`, NaN where not scored; `demos` {row: demonstrations} of the
             scored rows.
         """
-        if self.neighbours is None:
-            self._set_up(engine)
+        if self._neighbours is None:
+            self._neighbours = self._set_up(engine)
         candidates = [i for i, row in enumerate(rows) if self._train[row].can_be_scored]
         order = [candidates[i] for i in np.roll(spread(len(candidates)), -self._offset)]
         found: dict[str, Any] = {name: np.full(len(rows), np.nan) for name in ("base", "context", "score")}
@@ -103,6 +107,18 @@ class Budgeted:
         self._offset += done
         return found
 
+    def weigh(self, columns: dict[str, np.ndarray], neutral: np.ndarray) -> tuple[Weights, float | None]:
+        """Weights of the rows of all ranks' `score`, and how well neighbours predict (see `Neighbours.weigh`); alike on every rank.
+
+        Args:
+            columns: `row`, `scored`, `score`.
+            neutral: bool, rows that could be shown no demonstration.
+        """
+        assert self._neighbours is not None, "`score` comes first"
+        rows, scored = columns["row"], columns["scored"]
+        self._neighbours.add(rows[scored], columns["score"][scored], neutral[scored])
+        return self._neighbours.weigh(rows)
+
     def embed(self, prompts: list[np.ndarray], embeddings: Embed) -> np.ndarray:
         """`embeddings` of the prompts, each computed once in a run."""
         new = {prompt.tobytes(): prompt for prompt in prompts if prompt.tobytes() not in self._vectors}
@@ -110,14 +126,14 @@ class Budgeted:
             self._vectors.update(zip(new, embeddings(list(new.values())), strict=True))
         return np.stack([self._vectors[prompt.tobytes()] for prompt in prompts])
 
-    def _set_up(self, engine: Engine) -> None:
+    def _set_up(self, engine: Engine) -> Neighbours:
         rows, allowance = [row for row in self._train if row.can_be_scored], self.allowance
         sample = [sequence for i in spread(len(rows))[: self._micro_batch] for sequence in rows[i].sequences]
         seconds_per_token = engine.forward_seconds(sample) / sum(len(s.tokens) for s in sample)
-        row_tokens = np.mean([sum(len(s.tokens) for s in row.sequences) for row in rows])
+        row_tokens = float(np.mean([sum(len(s.tokens) for s in row.sequences) for row in rows]))
         allowance.step_seconds = FORWARDS_PER_STEP * seconds_per_token * row_tokens * self._rows_per_step
         shown = self.holdout.shown
-        demonstration_tokens = np.mean([len(self.holdout.examples[i].demonstration.tokens) for i in shown])
+        demonstration_tokens = float(np.mean([len(self.holdout.examples[i].demonstration.tokens) for i in shown]))
         context_tokens = self._config.k * demonstration_tokens * len(rows[0].sequences)
         self._row_guess = max(seconds_per_token * (2 * row_tokens + context_tokens), 1e-9)
         if self._config.retrieval == "policy":
@@ -130,9 +146,10 @@ class Budgeted:
                 )
                 self.holdout = self.holdout.part([shown[i] for i in kept])
             self.embed([prompts[i] for i in kept], engine.embeddings)
-        tokens = scored_tokens(self._train)
         features = row_features(engine.input_embeddings, self._train)
-        self.neighbours = Neighbours(features, tokens, self._config, by_token=self._train[0].kind == "sft")
+        neighbours = Neighbours(features, scored_tokens(self._train), self._config, by_token=self._train[0].kind == "sft")
+        before = np.flatnonzero(np.isfinite(self._known))
+        neighbours.add(before, self._known[before], np.zeros(len(before), bool))
         allowance.set_up()
         if allowance.setup > allowance.whole:
             get_logger().warning(
@@ -142,6 +159,7 @@ class Budgeted:
                 allowance.whole,
                 allowance.setup,
             )
+        return neighbours
 
 
 class Allowance:
@@ -164,11 +182,12 @@ class Allowance:
         self.spent = 0.0
         self._row_seconds = 0.0
         self._rows = 0
+        self._after = 0.0
         self._started = time.monotonic()
 
     def open(self, step: int, until: int) -> None:
         """Start the clock of a refresh before `step`, whose weights serve until `until`."""
-        self._opened = time.monotonic()
+        self._opened = self._scored = time.monotonic()
         self._trained = self._opened - self._started - self.spent
         self._step, self._until = step, until
         if step - self.first_step >= STEPS_TO_MEASURE:
@@ -176,7 +195,8 @@ class Allowance:
 
     def set_up(self) -> None:
         """What was spent since `open` serves the whole run."""
-        self.setup = time.monotonic() - self._opened
+        self._scored = time.monotonic()
+        self.setup = self._scored - self._opened
 
     @property
     def whole(self) -> float:
@@ -193,18 +213,25 @@ class Allowance:
 
     def rows(self, guess: float) -> int:
         """How many rows to score next; `guess`: seconds per row before any was scored."""
+        left = self.left - self._after
         if self._rows == 0:  # a first few to learn what they cost
-            return max(int(self.left / 4 / guess), int(self.left >= guess))
-        return int(CAUTION * self.left * self._rows / self._row_seconds)
+            return max(int(left / 4 / guess), int(left >= guess))
+        return int(CAUTION * left * self._rows / self._row_seconds)
 
     def scored(self, rows: int, seconds: float) -> None:
         """Learn from `rows` rows that took `seconds`."""
         self._rows += rows
         self._row_seconds += seconds
+        self._scored = time.monotonic()
 
     def close(self) -> None:
-        """Stop the clock of the refresh."""
-        self.spent += time.monotonic() - self._opened
+        """Stop the clock of the refresh, when all that it does is done: weights are given and files are written.
+
+        What came after the last row was scored is kept back of the next refresh.
+        """
+        now = time.monotonic()
+        self.spent += now - self._opened
+        self._after = now - self._scored
 
 
 def spread(n: int) -> np.ndarray:
