@@ -56,24 +56,24 @@ test: test-axolotl test-trl test-llamafactory test-axolotl-next
 
 # The fast tests: the core alone, no host (under two minutes).
 test-fast: .venv/.done
-	.venv/bin/python $(PYTEST) tests -m "not slow" --ignore tests/axolotl_host --ignore tests/trl_host --ignore tests/llamafactory_host
+	.venv/bin/python $(PYTEST) tests -m "not slow" --ignore tests/hosts/axolotl --ignore tests/hosts/trl --ignore tests/hosts/llamafactory
 
 test-axolotl: .venv/.done
-	.venv/bin/python $(PYTEST) tests --ignore tests/trl_host --ignore tests/llamafactory_host
+	.venv/bin/python $(PYTEST) tests --ignore tests/hosts/trl --ignore tests/hosts/llamafactory
 
 test-trl: .venv/.done .venv-llamafactory/.done
-	.venv/bin/python $(PYTEST) tests/trl_host
-	.venv-llamafactory/bin/python $(PYTEST) tests/trl_host
+	.venv/bin/python $(PYTEST) tests/hosts/trl
+	.venv-llamafactory/bin/python $(PYTEST) tests/hosts/trl
 
 test-llamafactory: .venv-llamafactory/.done
-	.venv-llamafactory/bin/python $(PYTEST) tests/llamafactory_host
+	.venv-llamafactory/bin/python $(PYTEST) tests/hosts/llamafactory
 
 ifeq ($(PYTHON312),)
 test-axolotl-next:
 	@echo "No Python 3.12 was found (looked for python3.12 and pyenv's), so the tests on Axolotl 0.21 did NOT run. Set PYTHON312=<path> to run them."
 else
 test-axolotl-next: .venv-axolotl-next/.done
-	.venv-axolotl-next/bin/python $(PYTEST) tests/axolotl_host/test_end_to_end.py tests/axolotl_host/test_trainers.py tests/trl_host
+	.venv-axolotl-next/bin/python $(PYTEST) tests/hosts/axolotl/test_end_to_end.py tests/hosts/axolotl/test_trainers.py tests/hosts/trl
 endif
 
 # Known vulnerabilities of our direct dependencies; asks PyPI's advisory service.

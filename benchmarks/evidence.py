@@ -192,16 +192,16 @@ class Experiment:
         lines = []
         callback = attach(self.trainer(), self.block({}), holdout=_dataset(holdout))
         assert self.pairs or np.array_equal(self.tokens, callback.tokens)
-        rows, host_normalizes = list(range(len(callback.train))), callback.length_normalize
+        rows, host_normalizes = list(range(len(callback.train))), callback.scoring.length_normalize
         retrieved: dict[str, list[list[int]]] = {}
         plans = {name: {"score": name} for name in self.settings["scorers"] if name in scorers} | variants
         for label in [label for label in plans if label not in self.scores]:
             begin = time.monotonic()
-            config = callback.config = parse_config(self.block({"holdout": "rows", **plans[label]}))
-            callback.length_normalize = host_normalizes if config.length_normalize is None else config.length_normalize
+            config = callback.scoring.config = parse_config(self.block({"holdout": "rows", **plans[label]}))
+            callback.scoring.length_normalize = host_normalizes if config.length_normalize is None else config.length_normalize
             if config.shows_demonstrations and config.retrieval not in retrieved:
-                retrieved[config.retrieval] = callback.find_demonstrations(rows)
-            context = callback.scoring_context(rows, retrieved.get(config.retrieval, [[] for _ in rows]))
+                retrieved[config.retrieval] = callback.scoring.find_demonstrations(rows)
+            context = callback.scoring.context(rows, retrieved.get(config.retrieval, [[] for _ in rows]))
             self.scores[label] = total_score(config, scores_for(context))
             lines.append(self._described(label, self.scores[label], time.monotonic() - begin))
         for label in ("ica", *variants):
@@ -266,7 +266,7 @@ class Experiment:
             "seed": self.seed,
             "method": method,
             "seconds": seconds,
-            "scoring seconds": callback.scoring_seconds if callback else 0.0,
+            "scoring seconds": callback.clock.scoring_seconds if callback else 0.0,
             "steps": trainer.state.global_step,
             **self.measure(trainer.model),
         }

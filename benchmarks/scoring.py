@@ -136,7 +136,7 @@ class Trees:
         return len(grow([self.sequences[i].tokens for i in batch]).tokens)
 
     def run(self, batch: list[int]) -> dict[int, float]:
-        with self.engine._scoring():
+        with self.engine.undisturbed():
             values = self.engine.path.token_logprobs([self.sequences[i] for i in batch])
         return {i: float(v.astype(np.float64).sum()) for i, v in zip(batch, values, strict=True)}
 

@@ -1,12 +1,11 @@
-"""The text under `score:` → scorers and factors."""
+"""The text under `score:` → scorers and factors. The names stand here, so that reading a config imports no scorer (nor torch)."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from typing import Literal
-
-import numpy as np
 
 from .errors import ICAError
 
@@ -25,23 +24,16 @@ SCORERS = (
     "random",
 )
 
-
 # Scorers that look at a row's demonstrations; the others need no retrieval.
 SHOWS_DEMONSTRATIONS = {"ica", "one_shot"}
-
 
 # Pairs that both scorers place in the middle band are kept (arXiv 2510.13212).
 BAND_SCORERS = {"ica-irm": ("ica", "irm"), "lossdiff-irm": ("lossdiff", "irm")}
 
-
 Combine = Literal["rank", "zscore"]
-
-
 Balance = Literal["mean", "max", "round_robin"]
 
-
 Terms = tuple[tuple[float, str], ...]
-
 
 _TERM = re.compile(r"(?:(?P<factor>[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*\*\s*)?(?P<name>[A-Za-z_][\w-]*)")
 
@@ -68,7 +60,7 @@ def parse_score(text: str) -> Terms:
             factor = float(match["factor"] or 1)
         except ValueError:
             factor = 0.0
-        if not 0 < factor < np.inf:
+        if not 0 < factor < math.inf:
             raise ICAError(f"the factor `{match['factor']}` of `{name}` must be a number above 0")
         terms.append((factor, name))
     names = [name for _, name in terms]

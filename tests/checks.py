@@ -16,6 +16,7 @@ import torch
 
 from ica_plugin.data.read import read_examples, without_text_columns
 from ica_plugin.data.row_ids import ROW_IDS
+from ica_plugin.data.scores import read_scores
 from ica_plugin.run.callback import ICACallback
 
 MakeTrainer = Callable[..., object]
@@ -144,7 +145,7 @@ def check_all_weights_one(make_trainer: MakeTrainer, tmp_path: Path) -> None:
         ends[name] = parameters(trainer)
         assert any(not torch.equal(start[key], ends[name][key]) for key in start)
         if name in ("scored", "window"):
-            assert callback_of(trainer).refreshes >= 2
+            assert callback_of(trainer).state.counts.refreshes >= 2
             assert (callback_of(trainer).weights[~callback_of(trainer).weights.isnan()] == 1).all()
     for name in ("given", "scored", "window"):
         for key, value in ends["plain"].items():
@@ -187,15 +188,15 @@ def check_scores(trainer, rows_of: Callable[[dict], tuple[list[tuple], bool]], *
     callback = callback_of(trainer)
     # The policy has been trained: score it again as it is now, and compare.
     callback.refresh(list(range(len(callback.train))), shared=True)
-    table = pq.read_table(callback.files.folder / "scores.parquet").to_pylist()
-    last = {line["row"]: line for line in table if line["refresh"] == callback.refreshes - 1}
+    table = read_scores(callback.files.folder / "scores.parquet").to_pylist()
+    last = {line["row"]: line for line in table if line["refresh"] == callback.state.counts.refreshes - 1}
     assert sorted(last) == list(range(len(trainer.train_dataset)))
     holdout = callback.holdout.examples
     worst = 0.0
     for row, line in last.items():
         sequences, desirable = rows_of(trainer.train_dataset[row])
         shown = [holdout[d].demonstration.tokens.tolist() for d in line["demos"]]
-        expected = reference_score(trainer.model, sequences, shown, callback.length_normalize, desirable)
+        expected = reference_score(trainer.model, sequences, shown, callback.scoring.length_normalize, desirable)
         worst = max(worst, abs(line["score"] - expected))
     assert worst < tolerance, worst
     assert np.std([line["score"] for line in last.values()]) > 0.05
@@ -244,7 +245,7 @@ def check_weights_stay_with_rows(trainer) -> dict[tuple, tuple[float, float]]:
     seen = record_training_weights(trainer)
     trainer.train()
     callback = callback_of(trainer)
-    table = pq.read_table(callback.files.folder / "scores.parquet").to_pylist()
+    table = read_scores(callback.files.folder / "scores.parquet").to_pylist()
     by_content = {
         tuple(callback.train[line["row"]].demonstration.tokens.tolist()): (line["score"], line["weight"]) for line in table
     }

@@ -664,7 +664,7 @@ def test_a_run_with_every_adapter_scorer_and_equal_weights_is_the_plain_run(tmp_
             )
         trainer.train()
         ends.append({name: p.detach().clone() for name, p in model.named_parameters()})
-    assert callback.refreshes == 3 and ends[0].keys() == ends[1].keys()
+    assert callback.state.counts.refreshes == 3 and ends[0].keys() == ends[1].keys()
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 

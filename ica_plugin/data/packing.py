@@ -37,7 +37,7 @@ def packed_lengths(row: Mapping[str, Any]) -> list[int] | None:
     return np.diff(np.append(starts[starts < end], end)).tolist()
 
 
-def _unpacked(batch: Mapping[str, Any], lengths: list[int]) -> list[Example]:
+def unpacked(batch: Mapping[str, Any], lengths: list[int]) -> list[Example]:
     """The examples of one collated packed row. They stand one after the other from its first token on."""
     tokens = batch["input_ids"][0].cpu().numpy().astype(np.int64)
     scored = (batch["labels"][0] != -100).cpu().numpy()

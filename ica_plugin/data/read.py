@@ -1,4 +1,4 @@
-"""A host's rows, as its collator hands them to the model → `Example`.
+"""A host's rows, as its collator hands them to the model → `Rows`.
 
 Reading rows through the trainer's own collator means that what is scored is what is trained: the same
 truncation, the same label mask, the same column names, whatever the host.
@@ -13,11 +13,11 @@ import torch
 
 from ..errors import ICAError
 from .batches import examples_from_batch
-from .packing import _unpacked, packed_lengths
-from .store import Example
+from .packing import packed_lengths, unpacked
+from .store import Rows, RowsBuilder
 
 
-def read_examples(dataset: Any, collator: Callable[[list[dict]], Mapping[str, Any]]) -> list[Example]:
+def read_examples(dataset: Any, collator: Callable[[list[dict]], Mapping[str, Any]]) -> Rows:
     """Read every row of a map-style dataset through the trainer's collator, one row at a time.
 
     A row into which the host packed several examples gives one `Example` for each, in order.
@@ -31,15 +31,15 @@ def read_examples(dataset: Any, collator: Callable[[list[dict]], Mapping[str, An
         ICAError: see `examples_from_batch`; the message names the row.
     """
     dataset = without_text_columns(dataset)
-    examples = []
+    rows = RowsBuilder()
     for index, row in enumerate(dataset):
         try:
             batch = collator([dict(row)])
             lengths = packed_lengths(row)
-            examples += examples_from_batch(_with_mask(batch, row), rows=1) if lengths is None else _unpacked(batch, lengths)
+            rows.extend(examples_from_batch(_with_mask(batch, row), rows=1) if lengths is None else unpacked(batch, lengths))
         except ICAError as error:
             raise ICAError(f"row {index}: {error}") from None
-    return examples
+    return rows.build()
 
 
 def _with_mask(batch: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from ..errors import ICAError
 from ..log import get_logger
+from .scores import read_scores
 
 READERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 
@@ -112,9 +113,7 @@ def _read_table(path: str, where: str) -> pa.Table:
         raise ICAError(f"{where}: no such file (looked for {file.absolute()}).")
     try:
         if kind == "parquet":
-            import pyarrow.parquet as pq
-
-            return pq.read_table(file)
+            return read_scores(file)
         if kind == "csv":
             import pyarrow.csv as pc
 

@@ -53,6 +53,18 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def with_adapter(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside the block the adapter `name`, which the model has, is the active one in place of the policy's."""
+    active = _active(model)
+    with _trainable_as_before(model):
+        model.set_adapter(name)
+        try:
+            yield
+        finally:
+            model.set_adapter(active)
+
+
+@contextmanager
 def adapter_swapped(model: nn.Module, name: str) -> Iterator[None]:
     """Inside the block an adapter `name` may be added and made active; afterwards it is gone and the policy's is active."""
     active = _active(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -15,18 +15,11 @@ from ..data.store import Sequence
 from ..errors import ICAError
 from ..log import get_logger
 from .memory import Budget, budget_for
-from .packed import PackedPath, why_not_packed
 from .padded import PaddedPath
-from .precision import evaluating
+from .paths import Path, choose_path, describe
+from .precision import Autocast, empty_caches, evaluating
 
 Progress = Callable[[int], None]
-
-
-Path = PaddedPath | PackedPath
-
-
-# Packed and padded log-probs may differ by this share of their own spread: rounding is far below, a sibling seen far above.
-PATHS_AGREE = 0.05
 
 
 class Engine:
@@ -44,6 +37,8 @@ class Engine:
     Attributes:
         model: the policy.
         device: where inputs go.
+        padded: the padded path, whichever is taken: the one that gives gradients too.
+        budget: bounds of one forward from now on.
 
     Raises:
         ICAError: prompt tuning, whose virtual tokens stand before every row.
@@ -54,7 +49,7 @@ class Engine:
         model: nn.Module,
         *,
         device: torch.device,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        autocast: Autocast = nullcontext,
         budget: Budget | None = None,
     ):
         adapter = getattr(model, "active_peft_config", None)
@@ -66,8 +61,11 @@ class Engine:
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.device = torch.device(device)
         self._autocast = autocast
+        self.padded = PaddedPath(model, self._base, self.device, autocast)
         self.budget = budget or budget_for(self._base.config, self.device, 4096)
         self._chosen: Path | None = None
+        self._quiet = False
+        self._beside: dict[nn.Module, Engine] = {}
 
     @property
     def input_embeddings(self) -> nn.Module:
@@ -78,15 +76,13 @@ class Engine:
     def path(self) -> Path:
         """The path taken for this model."""
         if self._chosen is None:
-            with self._scoring():
-                self._chosen, why = self._choose()
-            name = (
-                "padded batches sorted by length"
-                if isinstance(self._chosen, PaddedPath)
-                else f"packed trees ({'dense mask' if self._chosen.attention == 'dense' else 'attention by segments'}, SDPA)"
-            )
+            with self.undisturbed():
+                self._chosen, why = choose_path(self.model, self._base, self.device, self._autocast, self.padded)
             get_logger().info(
-                "scoring path: %s, at most %d tokens per forward%s.", name, self.budget.tokens, f", since {why}" if why else ""
+                "scoring path: %s, at most %d tokens per forward%s.",
+                describe(self._chosen),
+                self.budget.tokens,
+                f", since {why}" if why else "",
             )
         return self._chosen
 
@@ -138,14 +134,20 @@ class Engine:
         self._in_batches(prompts, np.zeros(len(prompts), int), work, progress)
         return np.stack(result)
 
+    def beside(self, model: nn.Module) -> Engine:
+        """An engine of another model (a reference) under the same precision and bounds, where that model is; kept with this one."""
+        if model not in self._beside:
+            device = next(model.parameters()).device
+            self._beside[model] = Engine(model, device=device, autocast=self._autocast, budget=self.budget)
+        return self._beside[model]
+
     def forward_seconds(self, rows: list[Sequence]) -> float:
         """Seconds of one padded forward over `rows`, the faster of two: the first may have to warm up."""
-        padded = PaddedPath(self.model, self._base, self.device)
         seconds = []
-        with self._scoring():
+        with self.undisturbed():
             for _ in range(2):
                 begin = time.monotonic()
-                padded.token_logprobs(rows)  # its result is on the CPU, so the device has finished
+                self.padded.token_logprobs(rows)  # its result is on the CPU, so the device has finished
                 seconds.append(time.monotonic() - begin)
         return min(seconds)
 
@@ -157,7 +159,7 @@ class Engine:
             return deque([index[i] for i in batch] for batch in batches)
 
         batches = plan(list(range(len(sequences))))
-        with self._scoring():
+        with self.undisturbed():
             while batches:
                 try:
                     work(batches[0])
@@ -178,46 +180,23 @@ class Engine:
                 "use shorter holdout rows, or shorten the run's sequence length."
             )
         self.budget = self.budget.halved(sum(lengths))
-        torch.cuda.empty_cache()
+        empty_caches()
         get_logger().warning("out of memory while scoring; at most %d tokens per forward from here on.", self.budget.tokens)
-
-    def _choose(self) -> tuple[Path, str | None]:
-        padded = PaddedPath(self.model, self._base, self.device)
-        reason = why_not_packed(self._base)
-        if reason is not None:
-            return padded, reason
-        probe = _probe(self._base.config.get_text_config().vocab_size)
-        expected = np.concatenate(padded.token_logprobs(probe))
-        # Dense attention is one kernel, which is what a GPU wants; on a CPU the fewest operations win.
-        for attention in ("segments", "dense") if self.device.type == "cpu" else ("dense",):
-            packed = PackedPath(self.model, self._base, self.device, attention)
-            try:
-                error = np.concatenate(packed.token_logprobs(probe)) - expected
-            except Exception as caught:
-                reason = f"its forward does not take packed trees ({type(caught).__name__}: {caught})"
-                continue
-            if np.sqrt(np.mean(error**2)) <= PATHS_AGREE * expected.std():
-                return packed, None
-            reason = "its log-probs of packed trees differ from those of single rows"
-        return padded, reason
-
-    @contextmanager
-    def _scoring(self) -> Iterator[None]:
-        with self.undisturbed():
-            yield
 
     @contextmanager
     def undisturbed(self, gradient: bool = False) -> Iterator[None]:
-        """Eval mode under the trainer's precision; training notices nothing of it, as under `evaluating`."""
-        with evaluating(self.model, gradient), self._autocast():
-            yield
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        """Eval mode, without gradient unless asked for; training notices nothing of it, as under `evaluating`.
 
-
-def _probe(vocabulary: int) -> list[Sequence]:
-    """Sequences of random tokens, sorted: two that share a beginning, a third that shares nothing."""
-    rng = np.random.default_rng(0)
-    stem, left, right, alone = (rng.integers(vocabulary, size=size) for size in (12, 8, 8, 16))
-    rows = sorted([np.concatenate([stem, left]), np.concatenate([stem, right]), alone], key=lambda row: row.tolist())
-    return [Sequence(row, np.arange(len(row)) > 0) for row in rows]
+        Modes and random states are switched by the outermost block alone, so that a scoring pays for them once.
+        """
+        if self._quiet:
+            with torch.set_grad_enabled(gradient):
+                yield
+            return
+        self._quiet = True
+        try:
+            with evaluating(self.model), torch.set_grad_enabled(gradient):
+                yield
+        finally:
+            self._quiet = False
+        empty_caches()

@@ -2,55 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..data.store import Example, Sequence
-from ..scorers.context import ScoringContext
-from .adapters import require_adapter, without_adapter
+from ..data.store import Example
+from .engine import Engine, Progress
+from .losses import losses
+
+# What `row_loss` takes as a row's reference: float64 [2], a pair's log-probs under the reference model; None for no reference.
+RowReference = np.ndarray | None
 
 
-def row_loss(
-    model: nn.Module, example: Example, *, device: torch.device, beta: float, reference: np.ndarray | None
-) -> torch.Tensor:
-    """The loss of `context.losses` for one row, differentiable: mean token loss, or −log σ(β m) for a pair.
-
-    Args:
-        model: the policy.
-        example: a row with supervised tokens.
-        device: where inputs go.
-        beta: of pairs.
-        reference: float64 [2], the pair's log-probs under the reference; None for the margin of mean log-probs.
-
-    Returns:
-        float32 scalar.
-    """
-    sums = [_logprob_sum(model, sequence, device) for sequence in example.sequences]
-    tokens = [int(sequence.scored.sum()) for sequence in example.sequences]
-    if example.kind != "pair":
-        return -sums[0] / tokens[0]
-    if reference is None:
-        margin = sums[0] / tokens[0] - sums[1] / tokens[1]
-    else:
-        margin = sums[0] - sums[1] - float(reference[0] - reference[1])
-    return -nn.functional.logsigmoid(beta * margin)
-
-
-def pair_references(context: ScoringContext, examples: list[Example]) -> list[np.ndarray | None]:
-    """What `row_loss` takes as each row's `reference`: None for SFT, unpaired and length-normalised rows.
-
-    Raises:
-        ICAError: pairs that need a reference, and a policy without an adapter to switch off.
-    """
-    if context.kind != "pair" or context.length_normalize:
-        return [None] * len(examples)
-    require_adapter(context.engine.model, "the DPO loss of a pair takes the policy with its adapter switched off as reference")
-    with without_adapter(context.engine.model):
-        return list(context.logprob_sums(examples))
+def row_loss(engine: Engine, example: Example, *, beta: float, reference: RowReference) -> torch.Tensor:
+    """`losses` of one row with supervised tokens, a differentiable float32 scalar; within `engine.undisturbed(gradient=True)`."""
+    sums = torch.stack([engine.padded.label_logprobs([sequence])[0].sum() for sequence in example.sequences])[None]
+    against = None if reference is None else torch.as_tensor(reference[None], dtype=sums.dtype, device=sums.device)
+    return losses(sums, against, [example], beta)[0]
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -58,40 +28,43 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def row_gradients(context: ScoringContext, examples: list[Example]) -> Iterator[list[torch.Tensor] | None]:
-    """Gradient of each row's loss over `trained_parameters`, float32, in their shapes; None for a row that cannot be scored.
+def row_gradients(
+    engine: Engine,
+    examples: list[Example],
+    references: Sequence[RowReference],
+    *,
+    beta: float,
+    progress: Progress = lambda done: None,
+) -> Iterator[list[torch.Tensor] | None]:
+    """Gradient of each row's loss over `trained_parameters`, one row at a time and in eval mode; `.grad` does not change.
 
-    One row at a time, in eval mode and without gradient checkpointing. Neither `.grad` nor any random state changes.
+    Args:
+        engine: the policy.
+        examples: n rows.
+        references: of each row, see `row_loss`.
+        beta: of pairs.
+        progress: called with the number of rows done.
+
+    Yields:
+        float32, in the parameters' shapes; None for a row that cannot be scored.
     """
-    model = context.engine.model
-    references = pair_references(context, examples)
     for example, reference in zip(examples, references, strict=True):
         if not example.can_be_scored:
             yield None
             continue
-        with context.engine.undisturbed(gradient=True):
-            parameters = trained_parameters(model)
-            loss = row_loss(model, example, device=context.engine.device, beta=context.beta, reference=reference)
+        with engine.undisturbed(gradient=True):
+            parameters = trained_parameters(engine.model)
+            loss = row_loss(engine, example, beta=beta, reference=reference)
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        context.progress(1)
+        progress(1)
         yield [
             torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() for g, p in zip(found, parameters, strict=True)
         ]
 
 
-def mean_gradient(context: ScoringContext, examples: list[Example]) -> list[torch.Tensor]:
-    """Mean of `row_gradients`: the gradient of the mean loss of the rows."""
+def mean_gradient(gradients: Iterator[list[torch.Tensor] | None], rows: int) -> list[torch.Tensor]:
+    """The gradient of the mean loss of `rows` rows, all of which can be scored, from `row_gradients` of them."""
     total: list[torch.Tensor] | None = None
-    for gradient in row_gradients(context, examples):
+    for gradient in gradients:
         total = gradient if total is None else [t.add_(g) for t, g in zip(total, gradient, strict=True)]
-    return [t / len(examples) for t in total]
-
-
-def _logprob_sum(model: nn.Module, sequence: Sequence, device: torch.device) -> torch.Tensor:
-    tokens = torch.from_numpy(sequence.tokens).to(device)
-    at = torch.from_numpy(np.flatnonzero(sequence.scored)).to(device)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
-    logits = model(input_ids=tokens[None], use_cache=False, **({"logits_to_keep": at - 1} if keeps else {})).logits[0]
-    logprobs = torch.log_softmax((logits if keeps else logits[at - 1]).float(), dim=-1)
-    return logprobs.gather(1, tokens[at, None]).sum()
+    return [t / rows for t in total]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..data.store import Sequence
 from .decoder import decoder_of
 from .logits import label_logprobs
 from .memory import Budget
+from .precision import Autocast, one_forward
 from .trees import Tree, grow, split_into_trees
 
 Attention = Literal["segments", "dense"]
@@ -47,12 +48,16 @@ class PackedPath:
     Args:
         model: the policy.
         base: the policy without PEFT's wrapper.
-        device: where inputs go.
+        device: where inputs go; see `PaddedPath`.
         attention: which of the two.
+        autocast: makes the context of the run's precision.
     """
 
-    def __init__(self, model: nn.Module, base: nn.Module, device: torch.device, attention: Attention):
+    def __init__(
+        self, model: nn.Module, base: nn.Module, device: torch.device, attention: Attention, autocast: Autocast = nullcontext
+    ):
         self._model = model
+        self._autocast = autocast
         self._decoder = decoder_of(base)
         self._device = device
         self.attention = attention
@@ -79,28 +84,29 @@ class PackedPath:
             return [np.zeros(0, np.float32)] * len(sequences)
         nodes, rows = np.unique(predicted_at, return_inverse=True)
         labels = np.concatenate([s.tokens[at] for s, at in zip(sequences, positions, strict=True)])
-        logits = self._forward(self._model, tree, logits_to_keep=self._to_device(nodes)).logits[0].to(self._device)
+        logits = self._forward(self._model, tree, logits_to_keep=_indices(nodes)).logits[0]
         if len(logits) != len(nodes):
             raise RuntimeError(f"asked for logits at {len(nodes)} positions, got {len(logits)}")
-        values = label_logprobs(logits, self._to_device(rows), self._to_device(labels)).cpu().numpy()
+        at, labels = _indices(rows).to(logits.device), _indices(labels).to(logits.device)
+        values = label_logprobs(logits, at, labels).cpu().numpy()
         return np.split(values, np.cumsum([len(at) for at in positions])[:-1])
 
     def embeddings(self, prompts: list[np.ndarray]) -> np.ndarray:
         """float32 [n, H]: see `Engine.embeddings`. Prompts in the order of `split`."""
         tree = grow(prompts)
-        hidden = self._forward(self._decoder, tree).last_hidden_state[0].to(self._device).float()
+        hidden = self._forward(self._decoder, tree).last_hidden_state[0].float()
         pooled = []
         for path in tree.paths:
-            weight = torch.arange(1, len(path) + 1, dtype=torch.float32, device=self._device)
-            # A product and a sum, since autocast would take a matrix product in half precision.
-            pooled.append((weight[:, None] * hidden[self._to_device(path)]).sum(0) / weight.sum())
+            weight = torch.arange(1, len(path) + 1, dtype=torch.float32, device=hidden.device)
+            # A product and a sum: a matrix product would be in half precision within an autocast region of the caller's.
+            pooled.append((weight[:, None] * hidden[_indices(path).to(hidden.device)]).sum(0) / weight.sum())
         return torch.stack(pooled).cpu().numpy()
 
     def _forward(self, module: nn.Module, tree: Tree, **kwargs: Any) -> Any:
         inputs = {"input_ids": self._to_device(tree.tokens)[None], "position_ids": self._to_device(tree.positions)[None]}
         if self.attention == "dense":
             inputs["attention_mask"] = _mask(self._to_device(tree.ends))[None, None]
-        with self._attending(tree):
+        with self._attending(tree), one_forward(self._autocast):
             return module(**inputs, use_cache=False, **kwargs)
 
     @contextmanager
@@ -110,11 +116,11 @@ class PackedPath:
         if self.attention == "segments":
             _BRANCHES = []
             for path, (start, stop) in zip(tree.paths, tree.segments, strict=True):
-                keys = self._to_device(path)
+                keys = _indices(path)
                 for begin in range(start, stop, SEGMENT_TOKENS):
                     end = min(begin + SEGMENT_TOKENS, stop)
                     seen = len(path) - (stop - end)
-                    _BRANCHES.append((slice(begin, end), keys[:seen], self._to_device(_sees(seen, end - begin))))
+                    _BRANCHES.append((slice(begin, end), keys[:seen], torch.from_numpy(_sees(seen, end - begin))))
         before = [config._attn_implementation for config in self._configs]
         try:
             for config in self._configs:
@@ -126,7 +132,12 @@ class PackedPath:
                 config._attn_implementation = name
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return _indices(array).to(self._device)
+
+
+def _indices(array: np.ndarray) -> torch.Tensor:
+    """int64 on the CPU, where indices into a tensor of any device may be."""
+    return torch.tensor(array, dtype=torch.int64)
 
 
 def why_not_packed(base: nn.Module) -> str | None:
@@ -187,7 +198,7 @@ def _tree_attention(
             query[:, :, segment],
             key[:, :, path],
             value[:, :, path],
-            attn_mask=sees,
+            attn_mask=sees.to(query.device),
             scale=scaling,
             enable_gqa=groups > 1,
         )

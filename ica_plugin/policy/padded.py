@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from ..data.store import Sequence
 from .decoder import decoder_of
 from .logits import label_logprobs
 from .memory import Budget
+from .precision import Autocast, one_forward
 
 
 class PaddedPath:
@@ -20,11 +23,14 @@ class PaddedPath:
     Args:
         model: the policy.
         base: the policy without PEFT's wrapper.
-        device: where inputs go.
+        device: where inputs go. Logits and hidden states may come back on another one (a model over several GPUs), so what
+            indexes them is made on the CPU and follows them.
+        autocast: makes the context of the run's precision.
     """
 
-    def __init__(self, model: nn.Module, base: nn.Module, device: torch.device):
+    def __init__(self, model: nn.Module, base: nn.Module, device: torch.device, autocast: Autocast = nullcontext):
         self._model = model
+        self._autocast = autocast
         self._decoder = decoder_of(base)
         self._device = device
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
@@ -48,40 +54,48 @@ class PaddedPath:
 
     def token_logprobs(self, sequences: list[Sequence]) -> list[np.ndarray]:
         """float32 [scored tokens] log-probs of each sequence's scored tokens."""
-        tokens, attention = _pad([s.tokens for s in sequences], self._device)
+        return [values.cpu().numpy() for values in self.label_logprobs(sequences)]
+
+    def label_logprobs(self, sequences: list[Sequence]) -> list[torch.Tensor]:
+        """The same as tensors where the logits are, differentiable while gradients are on."""
+        tokens, attention = _pad([s.tokens for s in sequences])
         scored = torch.zeros(tokens.shape, dtype=torch.bool)
-        for i, sequence in enumerate(sequences):
-            scored[i, : len(sequence.scored)] = torch.from_numpy(sequence.scored)
-        scored = scored.to(self._device)
+        for line, sequence in zip(scored, sequences, strict=True):
+            line[: len(sequence.scored)] = torch.tensor(sequence.scored)
         columns = torch.nonzero(scored.any(dim=0)).squeeze(1)
         if len(columns) == 0:
-            return [np.zeros(0, np.float32)] * len(sequences)
+            return [torch.zeros(0)] * len(sequences)
         keep = {"logits_to_keep": columns - 1} if self._keeps_logits else {}
-        logits = self._model(input_ids=tokens, attention_mask=attention, use_cache=False, **keep).logits.to(self._device)
+        logits = self._forward(self._model, tokens, attention, **keep).logits
         if not self._keeps_logits:
-            logits = logits[:, columns - 1]
+            logits = logits[:, columns.to(logits.device) - 1]
         values = []
         for i in range(len(sequences)):
             kept = torch.nonzero(scored[i, columns]).squeeze(1)
-            values.append(label_logprobs(logits[i], kept, tokens[i, columns[kept]]).cpu().numpy())
+            values.append(label_logprobs(logits[i], kept.to(logits.device), tokens[i, columns[kept]].to(logits.device)))
         return values
 
     def embeddings(self, prompts: list[np.ndarray]) -> np.ndarray:
         """float32 [n, H]: see `Engine.embeddings`."""
-        tokens, attention = _pad(prompts, self._device)
-        hidden = self._decoder(input_ids=tokens, attention_mask=attention, use_cache=False).last_hidden_state.to(self._device)
-        weight = (attention.cumsum(dim=1) * attention).float()
-        # A product and a sum, since autocast would take a matrix product in half precision.
-        pooled = (weight[..., None] * hidden.float()).sum(1) / weight.sum(1, keepdim=True)
+        tokens, attention = _pad(prompts)
+        hidden = self._forward(self._decoder, tokens, attention).last_hidden_state.float()
+        weight = (attention.cumsum(dim=1) * attention).float().to(hidden.device)
+        # A product and a sum: a matrix product would be in half precision within an autocast region of the caller's.
+        pooled = (weight[..., None] * hidden).sum(1) / weight.sum(1, keepdim=True)
         return pooled.cpu().numpy()
 
+    def _forward(self, module: nn.Module, tokens: torch.Tensor, attention: torch.Tensor, **kwargs: Any) -> Any:
+        inputs = {"input_ids": tokens.to(self._device), "attention_mask": attention.to(self._device)}
+        with one_forward(self._autocast):
+            return module(**inputs, use_cache=False, **kwargs)
 
-def _pad(rows: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded tokens and attention mask, both int64 [B, T]."""
+
+def _pad(rows: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded tokens and attention mask, both int64 [B, T] on the CPU."""
     longest = max(len(row) for row in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     attention = torch.zeros_like(tokens)
     for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.from_numpy(row)
+        tokens[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
         attention[i, : len(row)] = 1
-    return tokens.to(device), attention.to(device)
+    return tokens, attention

@@ -10,32 +10,31 @@ import numpy as np
 from transformers import Trainer
 
 from ..config import ICAConfig
-from ..data.holdout import check_holdout, joined
+from ..data.holdout import Holdout, check_holdout, joined
 from ..data.read import read_examples
 from ..data.row_ids import NO_ROW, row_ids_of
-from ..data.store import Example, scored_tokens
+from ..data.store import Rows
 from ..data.weights_file import check_weights, read_weights
 from ..errors import ICAError
 from ..log import get_logger
 from ..policy.model import model_context
 from ..training.refusals import _refuse_what_cannot_be_weighted, loss_types
-from ..training.wrap import _add_row_ids, _wrap_batches, _wrap_checkpoints, _wrap_loss
+from ..training.wrap import Hooks
 from .callback import ICACallback
+from .checkpoint import digest, facts_of
 
 
 def attach_examples(
     trainer: Trainer,
     config: ICAConfig,
     *,
-    read_holdout: Callable[[ICAConfig], tuple[str, list[Example]]],
+    read_holdout: Callable[[ICAConfig], tuple[str, Rows]],
     weights: Any = None,
     moved_rows: str = "",
 ) -> ICACallback:
     """Make a trainer train with weights: what all hosts share.
 
-    Adds an integer column to `trainer.train_dataset`, wraps the collator, `compute_loss`, `get_batch_samples` and the two methods
-    that write and read checkpoints on the instance, and adds a callback. The host's loss, sampler, optimizer and logging stay its
-    own.
+    Puts `training.wrap.Hooks` on the instance and adds a callback. The host's loss, sampler, optimizer and logging stay its own.
 
     Args:
         trainer: before `train()`.
@@ -50,10 +49,10 @@ def attach_examples(
     """
     _refuse_what_cannot_be_weighted(trainer)
     train = read_examples(trainer.train_dataset, trainer.data_collator)
-    unsupervised = [i for i, row in enumerate(train) if not row.can_be_scored]
+    unsupervised = np.flatnonzero(~train.can_be_scored)
     if len(unsupervised) == len(train):
         raise ICAError("no train row has a supervised token; check the dataset's `type` and label masks.")
-    if unsupervised:
+    if len(unsupervised):
         get_logger().warning(
             "%d of %d train rows have no supervised token (first: row %d) and get weight 0.",
             len(unsupervised),
@@ -61,18 +60,16 @@ def attach_examples(
             unsupervised[0],
         )
     row_ids = row_ids_of(trainer.train_dataset)
-    given = holdout = None
+    given, holdout = None, Holdout([], [], [])
     if weights is not None or config.weights is not None:
         given = _given_weights(trainer, weights, config, row_ids, train, moved_rows)
     else:
         context = model_context(trainer.model)
         holdout = joined({name: check_holdout(*read_holdout(one), train, context) for name, one in config.sets.items()})
     callback = ICACallback(trainer, config, train, holdout, given=given, length_normalize=_length_normalize(trainer, config))
+    callback.ranks.agree(facts_of(config, train, holdout, given) | {"row ids": digest([repr(row_ids)])})
     callback.files.moved_rows = moved_rows
-    _add_row_ids(trainer, row_ids)
-    _wrap_loss(trainer, callback)
-    _wrap_batches(trainer, callback)
-    _wrap_checkpoints(trainer, callback)
+    callback.hooks = Hooks(trainer, row_ids, callback)
     trainer.add_callback(callback)
     return callback
 
@@ -87,7 +84,7 @@ LENGTH_NORMALIZED_LOSSES = {"simpo", "orpo", "sigmoid_norm"}
 
 
 def _given_weights(
-    trainer: Trainer, weights: Any, config: ICAConfig, row_ids: list[Any], train: list[Example], moved_rows: str
+    trainer: Trainer, weights: Any, config: ICAConfig, row_ids: list[Any], train: Rows, moved_rows: str
 ) -> np.ndarray:
     """The weight of each example, float64 [examples]: the array `weights`, or what the block's `weights` names."""
     dataset, examples = trainer.train_dataset, len(train)
@@ -97,7 +94,7 @@ def _given_weights(
                 f"ica.weights: {config.weights}: the train dataset has no such column, only {dataset.column_names}. Give one "
                 "of them, or a .parquet, .csv or .jsonl file with the columns row and weight."
             )
-        return read_weights(config.weights, examples, tokens=scored_tokens(train), moved_rows=moved_rows)
+        return read_weights(config.weights, examples, tokens=train.supervised, moved_rows=moved_rows)
     where = "weights" if weights is not None else f"ica.weights: column `{config.weights}`"
     given = check_weights(dataset[config.weights] if weights is None else weights, where)
     if given.shape == (len(dataset),) and np.ndim(row_ids[0]) == 1:

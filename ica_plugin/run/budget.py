@@ -10,11 +10,12 @@ import numpy as np
 
 from ..config import ICAConfig
 from ..data.holdout import Holdout
-from ..data.store import Example, scored_tokens
+from ..data.store import Rows
 from ..log import get_logger
 from ..policy.engine import Engine
 from ..weighting.neighbours import Neighbours, row_features
 from ..weighting.weights import Weights
+from .scoring import Scoring
 
 # A backward costs at least as much as its forward, so a training step at least this many forwards.
 FORWARDS_PER_STEP = 2
@@ -47,7 +48,7 @@ class Budgeted:
     def __init__(
         self,
         config: ICAConfig,
-        train: list[Example],
+        train: Rows,
         holdout: Holdout,
         allowance: Allowance,
         rows_per_step: float,
@@ -58,7 +59,7 @@ class Budgeted:
         self.holdout = holdout
         self._known = known
         self._neighbours: Neighbours | None = None
-        self._config, self._train = config, train
+        self._config, self._train, self._scorable = config, train, train.can_be_scored
         self._rows_per_step, self._micro_batch = rows_per_step, micro_batch
         self._row_guess = 0.0
         self._offset = 0
@@ -85,8 +86,8 @@ class Budgeted:
         """
         if self._neighbours is None:
             self._neighbours = self._set_up(engine)
-        candidates = [i for i, row in enumerate(rows) if self._train[row].can_be_scored]
-        order = [candidates[i] for i in np.roll(spread(len(candidates)), -self._offset)]
+        candidates = np.flatnonzero(self._scorable[rows])
+        order = candidates[np.roll(spread(len(candidates)), -self._offset)].tolist()
         found: dict[str, Any] = {name: np.full(len(rows), np.nan) for name in ("base", "context", "score")}
         found |= {"row": np.array(rows, dtype=np.int64), "scored": np.zeros(len(rows), bool), "demos": {}}
         done = 0
@@ -127,14 +128,14 @@ class Budgeted:
         return np.stack([self._vectors[prompt.tobytes()] for prompt in prompts])
 
     def _set_up(self, engine: Engine) -> Neighbours:
-        rows, allowance = [row for row in self._train if row.can_be_scored], self.allowance
+        rows, allowance = self._train[self._scorable.nonzero()[0]], self.allowance
         sample = [sequence for i in spread(len(rows))[: self._micro_batch] for sequence in rows[i].sequences]
         seconds_per_token = engine.forward_seconds(sample) / sum(len(s.tokens) for s in sample)
-        row_tokens = float(np.mean([sum(len(s.tokens) for s in row.sequences) for row in rows]))
+        row_tokens = float(rows.lengths.sum(axis=1).mean())
         allowance.step_seconds = FORWARDS_PER_STEP * seconds_per_token * row_tokens * self._rows_per_step
         shown = self.holdout.shown
         demonstration_tokens = float(np.mean([len(self.holdout.examples[i].demonstration.tokens) for i in shown]))
-        context_tokens = self._config.k * demonstration_tokens * len(rows[0].sequences)
+        context_tokens = self._config.k * demonstration_tokens * rows.lengths.shape[1]
         self._row_guess = max(seconds_per_token * (2 * row_tokens + context_tokens), 1e-9)
         if self._config.retrieval == "policy":
             prompts = [self.holdout.examples[i].demonstration.prompt for i in shown]
@@ -147,7 +148,7 @@ class Budgeted:
                 self.holdout = self.holdout.part([shown[i] for i in kept])
             self.embed([prompts[i] for i in kept], engine.embeddings)
         features = row_features(engine.input_embeddings, self._train)
-        neighbours = Neighbours(features, scored_tokens(self._train), self._config, by_token=self._train[0].kind == "sft")
+        neighbours = Neighbours(features, self._train.supervised, self._config, by_token=self._train.kind == "sft")
         before = np.flatnonzero(np.isfinite(self._known))
         neighbours.add(before, self._known[before], np.zeros(len(before), bool))
         allowance.set_up()
@@ -244,3 +245,20 @@ def affordable(prompts: list[np.ndarray], seconds_per_token: float, seconds: flo
     order = spread(len(prompts))
     cost = np.cumsum([len(prompts[i]) for i in order]) * seconds_per_token
     return sorted(order[: max(least, int((cost <= seconds).sum()))].tolist())
+
+
+def within_budget(scoring: Scoring, state: Any, loader: Any, known: np.ndarray) -> Budgeted:
+    """`Budgeted` for a run that begins.
+
+    Args:
+        scoring: of the run.
+        state: the trainer's, at the run's first step.
+        loader: the trainer's data loader, whose batches may be packed; None where it is not known.
+        known: float64 [n], scores of a resumed run; NaN where there are none.
+    """
+    args, ranks, train = scoring.trainer.args, scoring.trainer.accelerator.num_processes, scoring.train
+    rows = len(train) / (len(loader) * ranks) if loader is not None else args.per_device_train_batch_size
+    assert scoring.config.budget is not None
+    allowance = Allowance(scoring.config.budget, state.global_step, state.max_steps)
+    per_step, micro_batch = rows * args.gradient_accumulation_steps, min(args.per_device_train_batch_size, len(train))
+    return Budgeted(scoring.config, train, scoring.holdout, allowance, per_step, micro_batch, known)

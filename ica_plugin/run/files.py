@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..data.scores import PARTS, SCORES, score_files
 from ..log import get_logger
 
 SCHEMA = pa.schema(
@@ -44,6 +46,9 @@ PACKAGES = ("ica-plugin", "torch", "transformers", "trl", "peft", "accelerate", 
 class RunFiles:
     """Writes the two files of one run. A full disk or a read-only folder is reported, and the run goes on.
 
+    The first refresh is scores.parquet; each later one is a part of its own beside it, so that a refresh costs what it holds and not
+    what the run holds. At the end of training parts and file become one. `read_scores` reads both.
+
     Attributes:
         moved_rows: why `row` is not the place in the data file; "" where it is.
     """
@@ -51,49 +56,78 @@ class RunFiles:
     def __init__(self, output_dir: str | os.PathLike):
         self.folder = Path(output_dir) / "ica"
         self.moved_rows = ""
-        self._tables: list[pa.Table] = []
+        self._new = True
+        self._unwritten: list[pa.Table] = []
 
     def add_scores(self, columns: dict[str, Any]) -> None:
-        """Add the rows of one refresh to scores.parquet.
+        """Add the rows of one refresh.
 
         Args:
             columns: the names of SCHEMA, and further ones of float64; NaN becomes null.
         """
-        self._tables.append(score_table(columns))
-        table = pa.concat_tables(self._tables, promote_options="default")  # a resumed run may have other scorers
+        if self._new:  # what an earlier run left here is not this run's
+            for path in score_files(self.folder):
+                path.unlink(missing_ok=True)
+        self._new = False
+        self._unwritten.append(score_table(columns))
+        first = self._unwritten[0]["refresh"][0].as_py()
+        name = SCORES if first == 0 or not (self.folder / SCORES).exists() else f"{PARTS}/{first:06d}.parquet"
+        table = pa.concat_tables(self._unwritten, promote_options="default")
         table = table.replace_schema_metadata({MOVED_ROWS: self.moved_rows} if self.moved_rows else None)
-        self._write("scores.parquet", lambda path: pq.write_table(table, path))
+        if self._write(name, lambda path: pq.write_table(table, path)):
+            self._unwritten = []
 
     def keep_scores(self, refreshes: int) -> None:
-        """Take over what scores.parquet holds of the first `refreshes` refreshes: a resumed run goes on from there."""
-        path = self.folder / "scores.parquet"
-        try:
-            table = pq.read_table(path)
-            table = table.select([*SCHEMA.names, *(name for name in table.column_names if name not in SCHEMA.names)])
-        except (OSError, pa.ArrowInvalid, KeyError) as error:
-            if refreshes:
+        """Keep of the scores here the first `refreshes` refreshes: a resumed run goes on from there."""
+        self._new = False
+        for path in score_files(self.folder):
+            try:
+                table = pq.read_table(path)
+                kept = table.filter(pc.less(table["refresh"], refreshes))
+            except (OSError, pa.ArrowInvalid, KeyError) as error:
                 get_logger().warning("%s cannot be read (%s), so it begins anew with refresh %d.", path, error, refreshes)
+                path.unlink(missing_ok=True)
+                continue
+            if len(kept) == 0:
+                path.unlink()
+            elif len(kept) < len(table):
+                self._write(str(path.relative_to(self.folder)), lambda part, kept=kept: pq.write_table(kept, part))
+        if refreshes and not score_files(self.folder):
+            get_logger().warning("%s is not there, so it begins anew with refresh %d.", self.folder / SCORES, refreshes)
+
+    def merge(self) -> None:
+        """Training is over: parts and file become one file, a row group for each refresh."""
+        files = score_files(self.folder)
+        if len(files) < 2:
             return
-        self._tables = [table.filter(pc.less(table["refresh"], refreshes))]
+        schema = pa.unify_schemas([pq.read_schema(path) for path in files])
+        if self._write(SCORES, lambda path: _copy(files, path, schema)):
+            for path in files[1:]:
+                path.unlink()
+            files[1].parent.rmdir()
 
     def write_run(self, record: dict[str, Any]) -> None:
         """Write run.json."""
         text = json.dumps({**record, "versions": versions()}, indent=2, default=str) + "\n"
         self._write("run.json", lambda path: path.write_text(text))
 
-    def _write(self, name: str, write: Any) -> None:
-        partial = self.folder / f".{name}.partial"
+    def _write(self, name: str, write: Callable[[Path], Any]) -> bool:
+        """Whether `write` wrote the file, whole."""
+        path = self.folder / name
+        partial = path.with_name(f".{path.name}.partial")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             write(partial)
-            os.replace(partial, self.folder / name)
+            os.replace(partial, path)
         except OSError as error:
             get_logger().warning(
                 "%s could not be written (%s). Training goes on with the right weights; free the disk or fix the folder's "
                 "permissions and the next refresh writes it again.",
-                self.folder / name,
+                path,
                 error,
             )
+            return False
+        return True
 
 
 class ScoreFile(RunFiles):
@@ -122,6 +156,16 @@ class ScoreFile(RunFiles):
 
     def write_run(self, record: dict[str, Any]) -> None:
         pass
+
+
+def _copy(files: list[Path], path: Path, schema: pa.Schema) -> None:
+    with pq.ParquetWriter(path, schema) as writer:
+        for file in files:
+            table = pq.read_table(file)
+            missing = [field for field in schema if field.name not in table.column_names]
+            for field in missing:
+                table = table.append_column(field, pa.nulls(len(table), field.type))
+            writer.write_table(table.select(schema.names).cast(schema))
 
 
 def score_table(columns: dict[str, Any]) -> pa.Table:

@@ -1,123 +1,130 @@
-"""What a checkpoint keeps, so that a resumed run goes on with the very weights of the run that was stopped."""
+"""What a run knows of its rows: weights, scores, demonstrations, and how many of each it made."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
 
-from ..config import ICAConfig
-from ..data.holdout import Holdout
-from ..data.store import Example
 from ..errors import ICAError
-from ..log import get_logger
-
-STATE_FILE = "ica_state.safetensors"
 
 
-# Keys of the block that may change between a run and its continuation: they touch no weight.
-FREE_KEYS = {"on_resume_mismatch"}
-
-
-@dataclass(frozen=True)
-class State:
-    """What is kept.
+@dataclass
+class Counts:
+    """Counted over the whole run.
 
     Attributes:
-        tensors: weights, scores and demonstrations, by name.
-        record: counters and the fingerprint, as JSON types.
+        refreshes: refreshes done.
+        scored_rows: rows scored in them.
+        weighted_rows: rows that got a weight in them.
     """
 
-    tensors: dict[str, torch.Tensor]
-    record: dict[str, Any]
+    refreshes: int = 0
+    scored_rows: int = 0
+    weighted_rows: int = 0
 
 
-def save_state(folder: str | os.PathLike, state: State) -> None:
-    """Write the state into a checkpoint's folder, whole or not at all.
-
-    A full disk is reported and the run goes on: resuming from that checkpoint scores the rows again.
-    """
-    path = Path(folder) / STATE_FILE
-    partial = path.with_name(f".{STATE_FILE}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state.tensors, partial, metadata={"record": json.dumps(state.record)})
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        get_logger().warning(
-            "%s could not be written (%s). Training goes on; a run resumed from this checkpoint scores its rows again.",
-            path,
-            error,
-        )
-
-
-def load_state(folder: str | os.PathLike) -> State | None:
-    """Read the state of a checkpoint; None if it has none.
-
-    Raises:
-        ICAError: a damaged file.
-    """
-    path = Path(folder) / STATE_FILE
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return State({name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["record"]))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ICAError(
-            f"{path} is damaged ({error}). Resume from an earlier checkpoint, or delete the file to score the rows again."
-        ) from error
-
-
-def fingerprint(config: ICAConfig, train: list[Example], holdout: Holdout | None, given: Any, model: nn.Module) -> dict[str, Any]:
-    """What must be the same for a state to be the run's own, by the name a user knows it by.
+class RowState:
+    """The newest of every train row, alike on every rank.
 
     Args:
-        config: the block.
-        train: train rows, in order.
-        holdout: rows and named sets; None with given weights.
-        given: given weights, or None.
-        model: the policy; the names and shapes of its parameters count, and the name of its folder.
+        rows: number of train rows.
+        given: float64 [rows] weights that replace scoring.
+
+    Attributes:
+        weights: float32 [rows]; NaN where a row has none yet.
+        scores: float64 [rows]; NaN where a row was never scored.
+        refresh: int32 [rows], the refresh that gave each row its weight; −1 where none did.
+        demonstrations: int32 [rows, most], the holdout rows that each row is shown, filled up with −1; None before they were
+            looked for.
+        counts: what was done so far.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = Path(str(getattr(base.config, "_name_or_path", ""))).name
-    shapes = (f"{key}{tuple(parameter.shape)}" for key, parameter in base.named_parameters())
-    return {
-        "train rows": _digest(sequence.digest for row in train for sequence in row.sequences),
-        "holdout": _digest(_parts_of_holdout(holdout)) if holdout is not None else None,
-        "weights": _digest([given.tobytes().hex()]) if given is not None else None,
-        "model": f"{type(base).__name__} {name} {_digest(shapes)}",
-        "block": config.model_dump(mode="json", exclude=FREE_KEYS | {"holdout", "weights"}),
-    }
 
+    def __init__(self, rows: int, given: np.ndarray | None = None):
+        self.weights = torch.full((rows,), torch.nan) if given is None else torch.from_numpy(given).float()
+        self.scores = torch.full((rows,), torch.nan, dtype=torch.float64)
+        self.refresh = torch.full((rows,), -1, dtype=torch.int32)
+        self.demonstrations: torch.Tensor | None = None
+        self.counts = Counts()
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints, each with how a user would name it."""
-    found = [f"the {name}" for name in ("train rows", "holdout", "weights", "model") if then.get(name) != now[name]]
-    before, after = then.get("block", {}), now["block"]
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            found.append(f"ica.{key} (then {before.get(key)!r}, now {after.get(key)!r})")
-    return found
+    def __len__(self) -> int:
+        return len(self.weights)
 
+    def show(self, rows: list[int], demonstrations: list[list[int]]) -> None:
+        """Keep the demonstrations of `rows`."""
+        most = max([1, *map(len, demonstrations)])
+        before = self.demonstrations
+        if before is None or before.shape[1] < most:
+            self.demonstrations = torch.full((len(self), most), -1, dtype=torch.int32)
+            if before is not None:
+                self.demonstrations[:, : before.shape[1]] = before
+        assert self.demonstrations is not None
+        for row, shown in zip(rows, demonstrations, strict=True):
+            self.demonstrations[row] = -1
+            self.demonstrations[row, : len(shown)] = torch.tensor(shown, dtype=torch.int32)
 
-def _parts_of_holdout(holdout: Holdout) -> Iterable[str]:
-    yield from (sequence.digest for row in holdout.examples for sequence in row.sequences)
-    yield json.dumps(holdout.sets)
+    def shown(self, rows: list[int] | np.ndarray) -> list[list[int]]:
+        """The demonstrations of `rows`; empty lists where there are none."""
+        if self.demonstrations is None:
+            return [[] for _ in rows]
+        index = torch.as_tensor(np.asarray(rows, dtype=np.int64))
+        return [[demo for demo in row if demo >= 0] for row in self.demonstrations[index].tolist()]
 
+    def give(self, rows: np.ndarray, weights: np.ndarray, scored: np.ndarray, scores: np.ndarray) -> None:
+        """Take over what a refresh made; it counts as the newest.
 
-def _digest(parts: Iterable[str]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part.encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
+        Args:
+            rows: int64 [n].
+            weights: float64 [n].
+            scored: bool [n], rows that were scored themselves.
+            scores: float64 [n].
+        """
+        index = torch.from_numpy(rows)
+        self.weights[index] = torch.from_numpy(weights).float()
+        self.refresh[index] = self.counts.refreshes
+        self.scores[index[scored]] = torch.from_numpy(scores[scored])
+        self.counts.scored_rows += int(scored.sum())
+        self.counts.weighted_rows += len(rows)
+
+    def newest(self, rows: list[int]) -> bool:
+        """Whether every one of `rows` got its weight in the last refresh."""
+        return bool((self.refresh[rows] == self.counts.refreshes - 1).all())
+
+    def weights_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The newest weights of a batch.
+
+        Args:
+            rows: int64 [B] or [B, T] row ids; padding has a negative id and weight 0.
+
+        Returns:
+            float32, same shape.
+
+        Raises:
+            ICAError: a row has no weight yet.
+        """
+        ids = rows.cpu()
+        weights = torch.where(ids >= 0, self.weights[ids.clamp(min=0)], torch.zeros(()))
+        if torch.isnan(weights).any():
+            unknown = ids[torch.isnan(weights)].unique().tolist()
+            raise ICAError(f"rows {unknown[:5]} are about to be trained but were never scored; the run stops here.")
+        return weights
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps, by name."""
+        shown = {} if self.demonstrations is None else {"demonstrations": self.demonstrations}
+        return {"weights": self.weights, "scores": self.scores, "refresh": self.refresh, **shown}
+
+    def record(self) -> dict[str, Any]:
+        """Counters that a checkpoint keeps."""
+        return asdict(self.counts)
+
+    def restore(self, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+        """Take over what `tensors` and `record` returned."""
+        self.weights, self.scores = tensors["weights"].clone(), tensors["scores"].clone()
+        # A checkpoint of an earlier version does not say which refresh gave a weight: then none is the newest.
+        self.refresh = tensors["refresh"].clone() if "refresh" in tensors else torch.full_like(self.refresh, -1)
+        if "demonstrations" in tensors:
+            self.demonstrations = tensors["demonstrations"].clone()
+        self.counts = Counts(**{name: record[name] for name in asdict(self.counts)})

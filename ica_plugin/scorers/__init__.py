@@ -1,41 +1,52 @@
-"""Log-probs of rows under the policy (`engine`), and the scores made from them (one file per scorer)."""
+"""One file per scorer, and the scores of a run made from them.
+
+Every scorer is a module with a `NAME`, a `SOURCE` (where it is defined), its `NEEDS`, and `score(context)` → float64 [n], a
+higher score being a better row.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
+from torch import nn
 
 from ..config import ICAConfig
-from ..expression import parse_score, parts_of
-from ..policy.losses import token_means
+from ..data.store import Kind
+from ..expression import BAND_SCORERS, parse_score, parts_of
+from ..policy.losses import difference, token_means
+from ..policy.reference import Reference
+from . import datainf, ica, influence, irm, likelihood, lossdiff, one_shot, random, rds, rho
 from .combine import balanced, combined
-from .context import Scorer, ScoringContext
-from .control import random
-from .datainf import datainf
-from .holdout_adapter import rho
-from .influence import influence, truncated
-from .irm import irm
-from .likelihood import likelihood
-from .one_shot import one_shot
-from .rds import rds
+from .context import ScoringContext
+from .influence import truncated
+from .needs import Needs, require_met
 
 CONTRACT_COLUMNS = ("row", "base", "context", "score", "scored")
 
+# docs/scorers.md has what each costs. The names alone, for whoever must not import torch, are in `expression`.
+REGISTRY = {module.NAME: module for module in (ica, likelihood, one_shot, rho, lossdiff, irm, influence, datainf, rds, random)}
 
-# Scores of one scorer for the rows of a context; docs/scorers.md has what each costs and where it is defined.
-SCORER_FUNCTIONS: dict[str, Scorer] = {
-    "ica": lambda context: context.ica.score,
-    "likelihood": likelihood,
-    "one_shot": one_shot,
-    "rho": rho,
-    "lossdiff": rho,
-    "irm": irm,
-    "influence": influence,
-    "datainf": datainf,
-    "rds": rds,
-    "random": random,
-}
+
+def needs_of(names: Iterable[str]) -> dict[str, Needs]:
+    """What each of the scorers `names` needs; the two of a band scorer each."""
+    return {part: REGISTRY[part].NEEDS for name in names for part in BAND_SCORERS.get(name, (name,))}
+
+
+def require(names: Iterable[str], model: nn.Module, kind: Kind, reference: Reference = Reference()) -> None:
+    """Raise where a run does not have what its scorers need; may be asked before anything is scored.
+
+    Args:
+        names: of scorers, as in `parts_of(parse_score(…))`.
+        model: the policy.
+        kind: of the train rows.
+        reference: the run's reference model.
+
+    Raises:
+        ICAError: what is missing, for which scorer, and what to do.
+    """
+    require_met(needs_of(names), model, kind, reference)
 
 
 def scores_for(context: ScoringContext) -> dict[str, np.ndarray]:
@@ -52,7 +63,9 @@ def scores_for(context: ScoringContext) -> dict[str, np.ndarray]:
         ICAError: a scorer is not defined for these rows or this policy.
     """
     context.parts = parts_of(parse_score(context.config.score))
-    parts = {name: SCORER_FUNCTIONS[name](context) for name in context.parts}
+    require(context.parts, context.engine.model, context.kind, context.reference)
+    with context.engine.undisturbed():  # once for all of them
+        parts = {name: REGISTRY[name].score(context) for name in context.parts}
     nothing = np.full(len(context.rows), np.nan)
     if "ica" in context.parts:
         return {"base": context.ica.base, "context": context.ica.context, **parts}
@@ -62,7 +75,7 @@ def scores_for(context: ScoringContext) -> dict[str, np.ndarray]:
 def _base(context: ScoringContext) -> np.ndarray:
     if context.length_normalize:
         return token_means(context.sums, context.examples)
-    return context.sums[:, 0] - context.sums[:, 1] if context.kind == "pair" else context.sums[:, 0]
+    return difference(context.sums)
 
 
 def total_score(config: ICAConfig, columns: dict[str, np.ndarray]) -> np.ndarray:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..config import ICAConfig
 from ..data.holdout import Holdout
-from ..data.store import Example, Sequence
-from ..errors import ICAError
-from ..policy.adapters import require_adapter, require_untouched_base, without_adapter
+from ..data.store import Example, Kind, Sequence
 from ..policy.engine import Engine, Progress
+from ..policy.gradients import RowReference, row_gradients
+from ..policy.reference import Reference
 from .ica import Scores, ica_scores
 
 
@@ -32,6 +33,7 @@ class ScoringContext:
         demonstrations: for each of `rows`, indices into `holdout.examples`; empty lists where no scorer shows any.
         holdout: checked holdout.
         length_normalize: mean log-probs for pairs.
+        reference: the run's reference model.
         beta: of the run's preference loss.
         limit: the model's context in tokens; None if unlimited.
         optimizer: of the run, once there is one.
@@ -47,6 +49,7 @@ class ScoringContext:
     demonstrations: list[list[int]]
     holdout: Holdout
     length_normalize: bool
+    reference: Reference = Reference()
     beta: float = 0.1
     limit: int | None = None
     optimizer: Any = None
@@ -60,7 +63,7 @@ class ScoringContext:
         return [self.train[row] for row in self.rows]
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """Kind of every row of the run: sft, pair or unpaired."""
         return self.train[0].kind
 
@@ -93,33 +96,38 @@ class ScoringContext:
 
     @cached_property
     def reference_sums(self) -> np.ndarray:
-        """The same under the reference, the policy with its adapter switched off.
+        """The same under the run's reference."""
+        with self.reference.engine(self.engine) as engine:
+            return self.logprob_sums(self.examples, engine)
 
-        Raises:
-            ICAError: the policy has no adapter.
+    @property
+    def loss_has_reference(self) -> bool:
+        """Whether the loss of a row, as `policy.losses` has it, compares with the reference."""
+        return self.kind == "pair" and not self.length_normalize
+
+    def loss_references(self, examples: list[Example]) -> list[RowReference]:
+        """What `policy.gradients` takes as the reference of each of `examples`."""
+        if not self.loss_has_reference:
+            return [None] * len(examples)
+        with self.reference.engine(self.engine) as engine:
+            return list(self.logprob_sums(examples, engine))
+
+    def row_gradients(self, examples: list[Example]) -> Iterator[list[torch.Tensor] | None]:
+        """Gradients of the rows' losses: see `policy.gradients.row_gradients`."""
+        references = self.loss_references(examples)
+        return row_gradients(self.engine, examples, references, beta=self.beta, progress=self.progress)
+
+    def logprob_sums(self, examples: list[Example], engine: Engine | None = None) -> np.ndarray:
+        """float64 [len(examples), sequences]: the same for any rows, under a model as it is at the time of the call.
+
+        Args:
+            examples: any rows of the run's kind.
+            engine: of the model; default: the policy.
         """
-        require_adapter(self.engine.model, "a reference model is the policy with its adapter switched off")
-        require_untouched_base(self.engine.model)
-        with without_adapter(self.engine.model):
-            return self.logprob_sums(self.examples)
-
-    def logprob_sums(self, examples: list[Example]) -> np.ndarray:
-        """float64 [len(examples), sequences]: the same for any rows, under the model as it is at the time of the call."""
+        engine = engine or self.engine
         scored = [i for i, row in enumerate(examples) if row.can_be_scored]
         flat: list[Sequence] = [sequence for i in scored for sequence in examples[i].sequences]
         result = np.full((len(examples), 2 if self.kind == "pair" else 1), np.nan)
         if flat:
-            result[scored] = self.engine.logprobs(flat, self.progress).reshape(len(scored), -1)
+            result[scored] = engine.logprobs(flat, self.progress).reshape(len(scored), -1)
         return result
-
-
-def require_pairs(context: ScoringContext, name: str) -> None:
-    """Raise ICAError where the run does not train on preference pairs."""
-    if context.kind != "pair":
-        raise ICAError(
-            f"ica.score: {name} is defined for preference pairs, and this run trains on {context.kind} rows. "
-            "Use ica, likelihood or another scorer of docs/scorers.md."
-        )
-
-
-Scorer = Callable[[ScoringContext], np.ndarray]

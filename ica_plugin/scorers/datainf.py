@@ -5,21 +5,23 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..policy.adapters import require_lora
-from ..policy.gradients import mean_gradient, row_gradients
+from ..policy.gradients import mean_gradient
 from .context import ScoringContext
+from .needs import Needs
+
+NAME = "datainf"
+SOURCE = "DataInf, arXiv 2310.00902, eq. 5"
+NEEDS = Needs(lora="datainf has a closed form over LoRA's matrices", gradients=True)
 
 # The Hessian is averaged over a sample of train rows, whose gradients are held at once.
 HESSIAN_ROWS = 256
-
-
 HESSIAN_BYTES = 2**30
 
-
+# λ as a share of the mean squared gradient, as in the paper.
 DAMPING = 0.1
 
 
-def datainf(context: ScoringContext) -> np.ndarray:
+def score(context: ScoringContext) -> np.ndarray:
     """DataInf (arXiv 2310.00902, eq. 5), with the sign turned so that a helpful row is positive:
 
         Σ_l 1/λ_l · [ v_l·g_lk − 1/m Σ_i (v_l·g_li) / (λ_l + |g_li|²) · (g_li·g_lk) ]
@@ -30,20 +32,16 @@ def datainf(context: ScoringContext) -> np.ndarray:
 
     Returns:
         float64 [n].
-
-    Raises:
-        ICAError: the policy is not a LoRA.
     """
-    require_lora(context.engine.model, "datainf has a closed form over LoRA's matrices")
-    target = mean_gradient(context, context.shown)
+    target = mean_gradient(context.row_gradients(context.shown), len(context.shown))
     sample = _hessian_rows(context, sum(t.numel() for t in target))
-    gradients = list(row_gradients(context, [context.train[row] for row in sample]))
+    gradients = list(context.row_gradients([context.train[row] for row in sample]))
     directions = [
         _inverse_hessian(torch.stack([g[i].flatten() for g in gradients]), target[i].flatten()) for i in range(len(target))
     ]
     del gradients
     result = np.full(len(context.rows), np.nan)
-    for i, gradient in enumerate(row_gradients(context, context.examples)):
+    for i, gradient in enumerate(context.row_gradients(context.examples)):
         if gradient is not None:
             result[i] = context.sign[i] * sum(float(d @ g.flatten().double()) for d, g in zip(directions, gradient, strict=True))
     return result

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..data.store import Example, Sequence
 from ..policy.engine import Engine, Progress
+from .needs import Needs
+
+if TYPE_CHECKING:
+    from .context import ScoringContext
+
+NAME = "ica"
+SOURCE = "arXiv 2510.14459, eq. 7"
+NEEDS = Needs(demonstrations=True)
 
 # Bounds the memory of the sequences with their demonstrations.
 ROWS_PER_BLOCK = 4096
+
+
+def score(context: ScoringContext) -> np.ndarray:
+    """`log π(y | C, x) − log π(y | x)`, see `ica_scores`; other scorers of a sum share its base pass.
+
+    Returns:
+        float64 [n], nats.
+    """
+    return context.ica.score
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from ..errors import ICAError
-from ..policy.adapters import require_adapter
-from ..policy.gradients import mean_gradient, row_gradients, trained_parameters
+from ..policy.gradients import mean_gradient, trained_parameters
 from .context import ScoringContext
+from .needs import Needs
+
+NAME = "influence"
+SOURCE = "LESS, arXiv 2402.04333, eq. 2 and 3"
+NEEDS = Needs(adapter="influence takes gradients over the adapter's parameters", gradients=True)
+
+Gradient = list[torch.Tensor]
 
 
-def influence(context: ScoringContext) -> np.ndarray:
+def score(context: ScoringContext) -> np.ndarray:
     """`Γ(∇L(row)) · ∇L(holdout)` over the adapter's parameters: LESS (arXiv 2402.04333, eq. 2 and 3) at the current policy.
 
     L is the row's mean token loss, for pairs the DPO loss (SimPO's without γ with `length_normalize`), and L(holdout) the mean
@@ -23,13 +31,12 @@ def influence(context: ScoringContext) -> np.ndarray:
         float64 [n]; positive where a step on the row lowers the holdout loss. Negative gradient for undesirable rows.
 
     Raises:
-        ICAError: a full finetune, or an optimizer without Adam's moments.
+        ICAError: an optimizer without Adam's moments.
     """
-    require_adapter(context.engine.model, "influence takes gradients over the adapter's parameters")
-    target = mean_gradient(context, context.shown)
+    target = mean_gradient(context.row_gradients(context.shown), len(context.shown))
     direction = _adam(context) if context.config.influence.adam else lambda gradient: gradient
     result = np.full(len(context.rows), np.nan)
-    for i, gradient in enumerate(row_gradients(context, context.examples)):
+    for i, gradient in enumerate(context.row_gradients(context.examples)):
         if gradient is not None:
             gradient = direction([context.sign[i] * g for g in gradient])
             result[i] = sum(float((g.double() * t.double()).sum()) for g, t in zip(gradient, target, strict=True))
@@ -54,7 +61,7 @@ def truncated(scores: np.ndarray, quantiles: tuple[float, float] | None) -> np.n
     return np.where(finite & ~inside, scores[inside].min() if inside.any() else low, scores)
 
 
-def _adam(context: ScoringContext):
+def _adam(context: ScoringContext) -> Callable[[Gradient], Gradient]:
     """Gradient → `m̂ / (√v̂ + ε)` after one Adam update with it, from the optimizer's moments (zero before the first step)."""
     parameters = trained_parameters(context.engine.model)
     optimizer = context.optimizer
@@ -72,7 +79,7 @@ def _adam(context: ScoringContext):
             )
         moments.append((first.float(), second.float(), int(state.get("step", 0)) + 1))
 
-    def direction(gradient: list[torch.Tensor]) -> list[torch.Tensor]:
+    def direction(gradient: Gradient) -> Gradient:
         return [
             (beta1 * m + (1 - beta1) * g)
             / (1 - beta1**t)

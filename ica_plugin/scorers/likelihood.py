@@ -6,13 +6,17 @@ import numpy as np
 
 from ..policy.losses import token_means
 from .context import ScoringContext
+from .needs import Needs
+
+NAME = "likelihood"
+SOURCE = "the baseline of arXiv 2510.14459, and of the perplexity filters before it"
+NEEDS = Needs()
 
 
-def likelihood(context: ScoringContext) -> np.ndarray:
+def score(context: ScoringContext) -> np.ndarray:
     """`1/|y| · log π(y | x)`; for pairs the chosen response's less the rejected one's; negative for undesirable rows.
 
-    The baseline of the ICA paper (arXiv 2510.14459) and of the perplexity filters before it. Free beside `ica`, whose base
-    pass it is.
+    Free beside `ica`, whose base pass it is.
 
     Returns:
         float64 [n], nats per token.

@@ -8,9 +8,14 @@ from ..data.store import Sequence
 from ..policy.losses import token_means
 from .context import ScoringContext
 from .ica import ROWS_PER_BLOCK, in_context
+from .needs import Needs
+
+NAME = "one_shot"
+SOURCE = "Nuggets, arXiv 2312.10302, eq. 2 to 4"
+NEEDS = Needs(demonstrations=True)
 
 
-def one_shot(context: ScoringContext) -> np.ndarray:
+def score(context: ScoringContext) -> np.ndarray:
     """`mean over h of [s(h | row) − s(h)]`, with s the mean log-prob per token of the holdout row's response (pairs: chosen
     less rejected), and h the row's demonstrations under `retrieval`, its nearest holdout rows.
 
@@ -23,7 +28,8 @@ def one_shot(context: ScoringContext) -> np.ndarray:
     """
     holdout, limit = context.holdout.examples, np.inf if context.limit is None else context.limit
     needed = sorted({d for demonstrations in context.demonstrations for d in demonstrations})
-    alone = dict(zip(needed, token_means(context.logprob_sums([holdout[d] for d in needed]), [holdout[d] for d in needed])))
+    shown = [holdout[d] for d in needed]
+    alone = dict(zip(needed, token_means(context.logprob_sums(shown), shown)))
     result = np.full(len(context.rows), np.nan)
     scored = [i for i, row in enumerate(context.examples) if row.can_be_scored]
     for start in range(0, len(scored), ROWS_PER_BLOCK):

@@ -5,9 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from .context import ScoringContext
+from .needs import Needs
+
+NAME = "rds"
+SOURCE = "RDS+, arXiv 2503.01807, section 3.2"
+NEEDS = Needs()
 
 
-def rds(context: ScoringContext) -> np.ndarray:
+def score(context: ScoringContext) -> np.ndarray:
     """`max over holdout rows h of cos(e(row), e(h))`, e the position-weighted mean of the policy's last hidden states over
     prompt and (chosen) response: RDS+ (arXiv 2503.01807, section 3.2), there with a base model and a fixed set of tasks.
 

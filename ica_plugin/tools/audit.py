@@ -160,11 +160,11 @@ class _Audit:
     def demonstrations_with(self, holdout: Holdout | None = None, **keys: Any) -> list[list[int]]:
         """The sample's demonstrations as a run would find them, whatever its score, or with other keys or holdout rows."""
         config = self.callback.config.model_copy(update={"score": "ica", **keys})
-        return self.callback.find_demonstrations(self.sample, config, holdout)
+        return self.callback.scoring.find_demonstrations(self.sample, config, holdout)
 
     def columns(self, parts: list[str], context: ScoringContext | None = None) -> dict[str, np.ndarray]:
         """Scores by scorer and holdout set, of the sample or of a context's rows, computed together."""
-        context = context or self.callback.scoring_context(self.sample, self.demonstrations)
+        context = context or self.callback.scoring.context(self.sample, self.demonstrations)
         return scores_for_sets(
             dataclasses.replace(context, config=self.callback.config.model_copy(update={"score": " + ".join(parts)}))
         )
@@ -174,7 +174,7 @@ class _Audit:
 
     def ica(self, demonstrations: list[list[int]] | None = None, **of_context: Any) -> np.ndarray:
         """ICA of the sample with other demonstrations, or with other attributes of the scoring context."""
-        context = self.callback.scoring_context(self.sample, self.demonstrations if demonstrations is None else demonstrations)
+        context = self.callback.scoring.context(self.sample, self.demonstrations if demonstrations is None else demonstrations)
         return self.total("ica", self.columns(["ica"], dataclasses.replace(context, **of_context)))
 
     def sensitivity(self, own: np.ndarray | None) -> list[dict[str, Any]]:
@@ -227,7 +227,7 @@ class _Audit:
         origin = [*range(len(clean)), *(i for here in places.values() for i in here)]
         train: list[Example] = [*clean, *(copies[kind][i] for kind, here in places.items() for i in here)]
         context = dataclasses.replace(
-            callback.scoring_context([], []),
+            callback.scoring.context([], []),
             train=train,
             rows=list(range(len(train))),
             demonstrations=[shown[i] for i in origin],

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from ..data.scores import read_scores
 from ..errors import ICAError
 from .page import Section, picture, write_page
 
@@ -39,7 +39,7 @@ def write_report(output_dir: Path, out: Path | None = None) -> Path:
     if not (folder / "scores.parquet").is_file():
         raise ICAError("the run trained with given weights and scored nothing, so there is nothing to report.")
     run = json.loads((folder / "run.json").read_text())
-    numbers = report_numbers(pq.read_table(folder / "scores.parquet").to_pydict(), run)
+    numbers = report_numbers(read_scores(folder / "scores.parquet").to_pydict(), run)
     out = out or folder / "report.html"
     write_page(out, f"ICA report: {output_dir.name}", _sections(numbers), numbers)
     return out

@@ -27,7 +27,7 @@ def write_scores(host: ModuleType, config: Path, out: Path, score: str | None) -
     callback, source = host.attached(config, {} if score is None else {"score": score})
     trainer = callback.trainer
     trainer.callback_handler.callbacks = []  # no tracker starts a run for this
-    callback.files = ScoreFile(out, *(source or ()), moved_rows=callback.files.moved_rows)
+    callback.refresh.files = ScoreFile(out, *(source or ()), moved_rows=callback.files.moved_rows)
     callback.refresh(list(range(len(callback.train))), shared=True)
     trainer.accelerator.wait_for_everyone()
     return len(callback.train) if trainer.accelerator.is_main_process else 0

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..data.scores import read_scores
 from ..errors import ICAError
 from ..run.files import MOVED_ROWS, SOURCE_ROWS
 
@@ -53,7 +54,7 @@ def select_rows(scores: Path, data: Path, out: Path, keep: float) -> tuple[int, 
 def _last_scores(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
     """Place in the data file and score of each row that has a finite score, and the number of rows of the data file."""
     try:
-        table = pq.read_table(path)
+        table = read_scores(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise ICAError(f"not a readable parquet file: {error}") from None
     missing = {"row", "refresh", "score"} - set(table.column_names)

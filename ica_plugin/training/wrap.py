@@ -1,75 +1,175 @@
-"""Everything that is hooked on a trainer."""
+"""Everything that is hooked on a trainer, and its undo."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from transformers import Trainer
 
 from ..data.row_ids import ROW_IDS, RowIdCollator
 from ..errors import ICAError
-from ..run.callback import ICACallback
+
+NOT_THERE = object()
 
 
-def _add_row_ids(trainer: Trainer, row_ids: list[Any]) -> None:
-    trainer.train_dataset = trainer.train_dataset.add_column(ROW_IDS, row_ids)
-    trainer.data_collator = RowIdCollator(trainer.data_collator)
-    host_columns = trainer._set_signature_columns_if_needed
+class Injection(Protocol):
+    """Scales gradients; see `training.injection`."""
 
-    @functools.wraps(host_columns)
-    def with_row_ids() -> None:
-        host_columns()
-        if ROW_IDS not in trainer._signature_columns:
-            trainer._signature_columns = [*trainer._signature_columns, ROW_IDS]
-
-    trainer._set_signature_columns_if_needed = with_row_ids
+    def scaling(self, weights: torch.Tensor) -> AbstractContextManager[None]:
+        """Inside the block, of every training forward."""
+        ...
 
 
-def _wrap_loss(trainer: Trainer, callback: ICACallback) -> None:
-    host_loss = trainer.compute_loss
+class Run(Protocol):
+    """What the hooks call; see `run.callback`."""
 
-    @functools.wraps(host_loss)
-    def weighted_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        rows = inputs.pop(ROW_IDS, None)
-        if not (model.training and torch.is_grad_enabled()):
-            return host_loss(model, inputs, *args, **kwargs)
-        if rows is None:
+    @property
+    def injection(self) -> Injection:
+        """The hook on the policy."""
+        ...
+
+    def before_update(self, batches: Iterator[dict], micro_batches: int) -> Iterator[dict]:
+        """Called before the micro-batches of an optimizer step are taken; returns where to take them from."""
+        ...
+
+    def training_weights(self, rows: torch.Tensor) -> torch.Tensor:
+        """Row ids → weights."""
+        ...
+
+    def save_state(self, folder: str) -> None:
+        """A checkpoint is written."""
+        ...
+
+    def load_state(self, folder: str) -> None:
+        """The trainer resumes from a checkpoint."""
+        ...
+
+
+class Hooks:
+    """What makes one trainer instance train with weights. The host's loss, sampler, optimizer and logging stay its own.
+
+    | on the instance | why there |
+    |---|---|
+    | `train_dataset` | a column of row ids: the only thing that survives every sampler, packing and worker |
+    | `data_collator` | hosts' collators do not know the column: ids are taken out before, and added back after |
+    | `_set_signature_columns_if_needed` | lets the column through the host's filter |
+    | `get_batch_samples` | called once per optimizer step before its batches are taken: refreshes happen here |
+    | `compute_loss` | the one place that every trainer of every host passes with its batch |
+    | `_save_rng_state`, `_load_optimizer_and_scheduler` | checkpoints, see `_checkpoints` |
+    | `train` | only after `remove`: a second call puts the hooks on again |
+
+    Args:
+        trainer: the host's, before `train()`.
+        row_ids: one per row of its dataset, see `data.row_ids.row_ids_of`.
+        run: what is called.
+    """
+
+    def __init__(self, trainer: Trainer, row_ids: list[Any], run: Run):
+        self._trainer, self._row_ids, self._run = trainer, row_ids, run
+        self._rows = trainer.train_dataset
+        self._before: dict[str, tuple[Any, Any]] = {}  # attribute → what stood on the instance, what we put there
+        self._install()
+
+    def remove(self) -> None:
+        """Take everything off, so that the trainer is the host's own again; another `train()` puts it on again."""
+        self._take_off()
+        host_train = self._trainer.train
+
+        @functools.wraps(host_train)
+        def train(*args: Any, **kwargs: Any) -> Any:
+            self._take_off()
+            self._install()
+            return self._trainer.train(*args, **kwargs)
+
+        self._put("train", train)
+
+    def detach(self) -> None:
+        """`remove`, for good: another `train()` trains without weights."""
+        self._take_off()
+
+    def _install(self) -> None:
+        trainer = self._trainer
+        if trainer.train_dataset is not self._rows:
             raise ICAError(
-                "a training batch came without row ids, so it would train unweighted. The host replaced the train dataset "
-                "or the collator after ica_plugin was attached; please report the host and its version."
+                "`trainer.train_dataset` was replaced after ica_plugin was attached, and weights belong to the rows that were there. "
+                "Attach to a new trainer."
             )
-        with callback.injection.scaling(callback.training_weights(rows)):
-            return host_loss(model, inputs, *args, **kwargs)
+        self._put("train_dataset", self._rows.add_column(ROW_IDS, self._row_ids))
+        self._put("data_collator", RowIdCollator(trainer.data_collator))
+        for name, make in (
+            ("_set_signature_columns_if_needed", self._columns),
+            ("get_batch_samples", self._batches),
+            ("compute_loss", self._loss),
+            ("_save_rng_state", self._save),
+            ("_load_optimizer_and_scheduler", self._load),
+        ):
+            host = getattr(trainer, name)
+            self._put(name, functools.wraps(host)(make(host)))
 
-    trainer.compute_loss = weighted_loss
+    def _put(self, name: str, value: Any) -> None:
+        self._before[name] = vars(self._trainer).get(name, NOT_THERE), value
+        setattr(self._trainer, name, value)
 
+    def _take_off(self) -> None:
+        for name, (before, ours) in reversed(self._before.items()):
+            if vars(self._trainer).get(name) is not ours:
+                continue  # somebody hooked on after us; ours is passed through from now on
+            if before is NOT_THERE:
+                delattr(self._trainer, name)
+            else:
+                setattr(self._trainer, name, before)
+        self._before = {}
 
-def _wrap_batches(trainer: Trainer, callback: ICACallback) -> None:
-    host_batches = trainer.get_batch_samples
+    def _columns(self, host: Callable[[], None]) -> Callable[[], None]:
+        def with_row_ids() -> None:
+            host()
+            if self._before and ROW_IDS not in self._trainer._signature_columns:
+                self._trainer._signature_columns = [*self._trainer._signature_columns, ROW_IDS]
 
-    @functools.wraps(host_batches)
-    def scored_batches(epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
-        return host_batches(callback.before_update(epoch_iterator, num_batches), num_batches, *args, **kwargs)
+        return with_row_ids
 
-    trainer.get_batch_samples = scored_batches
+    def _loss(self, host: Callable[..., Any]) -> Callable[..., Any]:
+        def weighted_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            rows = inputs.pop(ROW_IDS, None)
+            if not self._before or not (model.training and torch.is_grad_enabled()):
+                return host(model, inputs, *args, **kwargs)
+            if rows is None:
+                raise ICAError(
+                    "a training batch came without row ids, so it would train unweighted. The host replaced the train dataset "
+                    "or the collator after ica_plugin was attached; please report the host and its version."
+                )
+            # Weights are looked up here, in the main process, so that a refresh reaches batches that workers have built already.
+            with self._run.injection.scaling(self._run.training_weights(rows)):
+                return host(model, inputs, *args, **kwargs)
 
+        return weighted_loss
 
-def _wrap_checkpoints(trainer: Trainer, callback: ICACallback) -> None:
-    # `on_save` comes when a checkpoint is complete for the host: a run killed just before it would resume without our state.
-    # The random states are saved before the checkpoint is complete, and only where it can be resumed from.
-    host_save, host_load = trainer._save_rng_state, trainer._load_optimizer_and_scheduler
+    def _batches(self, host: Callable[..., Any]) -> Callable[..., Any]:
+        def scored_batches(epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
+            if self._before:
+                epoch_iterator = self._run.before_update(epoch_iterator, num_batches)
+            return host(epoch_iterator, num_batches, *args, **kwargs)
 
-    @functools.wraps(host_save)
-    def save(output_dir: str, *args: Any, **kwargs: Any) -> Any:
-        callback.save_state(output_dir)
-        return host_save(output_dir, *args, **kwargs)
+        return scored_batches
 
-    @functools.wraps(host_load)
-    def load(checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
-        if checkpoint is not None:
-            callback.load_state(checkpoint)
-        return host_load(checkpoint, *args, **kwargs)
+    def _save(self, host: Callable[..., Any]) -> Callable[..., Any]:
+        # `on_save` comes when a checkpoint is complete for the host: a run killed just before it would resume without our state.
+        # The random states are saved before the checkpoint is complete, and only where it can be resumed from.
+        def save(output_dir: str, *args: Any, **kwargs: Any) -> Any:
+            if self._before:
+                self._run.save_state(output_dir)
+            return host(output_dir, *args, **kwargs)
 
-    trainer._save_rng_state, trainer._load_optimizer_and_scheduler = save, load
+        return save
+
+    def _load(self, host: Callable[..., Any]) -> Callable[..., Any]:
+        def load(checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+            if self._before and checkpoint is not None:
+                self._run.load_state(checkpoint)
+            return host(checkpoint, *args, **kwargs)
+
+        return load

@@ -92,14 +92,16 @@ def labelled_pair(row):
 def test_scores(make, kind):
     trainer = make(kind, **{**LORA, "learning_rate": 0.05} if kind in ("sft", "sigmoid") else {})(ica={"k": 2})
     check_scores(trainer, labelled if kind == "sft" else labelled_pair)
-    assert callback_of(trainer).length_normalize == (kind in ("simpo", "orpo"))
+    assert callback_of(trainer).scoring.length_normalize == (kind in ("simpo", "orpo"))
 
 
 def test_scores_of_kto(make):
     trainer = make("kto", kto_rows(8))(ica={"k": 2}, micro_batch=4)
     check_scores(trainer, labelled)
     callback = callback_of(trainer)
-    assert {callback.holdout.examples[d].desirable for demos in callback._demonstrations for d in demos} == {True}
+    assert {
+        callback.holdout.examples[d].desirable for demos in callback.state.shown(range(len(callback.train))) for d in demos
+    } == {True}
 
 
 def test_scores_and_weights_stay_with_their_rows(make):

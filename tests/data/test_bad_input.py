@@ -14,8 +14,8 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, T5Config, T5ForConditionalGeneration
 
+import hosts.trl.trl_harness as trl_harness
 import tiny
-import trl_host.trl_harness as trl_harness
 from checks import callback_of
 from ica_plugin import attach
 from ica_plugin.config import parse_config
@@ -23,7 +23,7 @@ from ica_plugin.data.batches import examples_from_batch
 from ica_plugin.errors import ICAError
 from runs import ROWS, build, refreshes, run, tokenised
 
-PAGE = Path(__file__).parents[1] / "docs" / "bad-input.md"
+PAGE = Path(__file__).parents[2] / "docs" / "bad-input.md"
 
 
 def holdout_file(folder: Path, *lines: str) -> dict:
@@ -144,12 +144,12 @@ def empty_answers(folder: Path):
 def row_that_fills_the_context(folder: Path):
     long = row([5] * 1020)
     trainer = run(folder, {}, train=Dataset.from_list([*tokenised(5, 0).to_list(), long]), num_train_epochs=1)
-    assert callback_of(trainer)._demonstrations[5] == [] and callback_of(trainer).weights[5] == 1
+    assert callback_of(trainer).state.shown([5])[0] == [] and callback_of(trainer).weights[5] == 1
 
 
 def one_holdout_row(folder: Path):
     trainer = run(folder, {}, holdout=tokenised(1, 9))
-    assert {tuple(demos) for demos in callback_of(trainer)._demonstrations} == {(0,)}
+    assert {tuple(demos) for demos in callback_of(trainer).state.shown(range(len(callback_of(trainer).train)))} == {(0,)}
     assert callback_of(trainer).weights.std() > 0
 
 
@@ -166,7 +166,7 @@ def equal_scores(folder: Path):
 def row_in_both_sets(folder: Path):
     both = Dataset.from_list([*tokenised(3, 9).to_list(), tokenised(ROWS, 0)[4]])
     trainer = run(folder, {"k": 4}, holdout=both)
-    demonstrations = callback_of(trainer)._demonstrations
+    demonstrations = callback_of(trainer).state.shown(range(len(callback_of(trainer).train)))
     assert sorted(demonstrations[4]) == [0, 1, 2] and sorted(demonstrations[5]) == [0, 1, 2, 3]
 
 

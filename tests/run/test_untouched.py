@@ -83,7 +83,7 @@ def test_all_weights_one_is_the_host_s_own_run(tmp_path, name):
     plain, plain_history, plain_end = observed(tmp_path / "plain", name, None)
     weighted, history, end = observed(tmp_path / "ica", name, ONES)
     callback = callback_of(weighted)
-    assert callback.refreshes >= 2 and (callback.weights[~callback.weights.isnan()] == 1).all()
+    assert callback.state.counts.refreshes >= 2 and (callback.weights[~callback.weights.isnan()] == 1).all()
     assert history == plain_history and len(history) >= 4
     assert end.keys() == plain_end.keys() and all(torch.equal(end[key], plain_end[key]) for key in end)
     assert weighted.state.global_step == plain.state.global_step

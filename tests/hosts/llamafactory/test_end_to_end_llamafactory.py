@@ -18,7 +18,7 @@ from llamafactory_harness import ROWS, Maker, dataset_entry, run_args, write_dat
 from processes import run
 
 pytestmark = pytest.mark.host
-EXAMPLES = Path(__file__).parents[2] / "example_configs" / "llamafactory"
+EXAMPLES = Path(__file__).parents[3] / "example_configs" / "llamafactory"
 
 
 def command(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:

@@ -129,7 +129,7 @@ def test_holdout_rows_that_are_trained_on_are_reported_and_never_shown_to_themse
     from checks import callback_of
 
     callback = callback_of(trainer)
-    assert sorted(callback._demonstrations[0]) == [1, 2, 3] and sorted(callback._demonstrations[1]) == [0, 2, 3]
+    assert sorted(callback.state.shown([0])[0]) == [1, 2, 3] and sorted(callback.state.shown([1])[0]) == [0, 2, 3]
     assert "see fewer than k = 4 demonstrations" in capsys.readouterr().err
 
 

@@ -7,9 +7,14 @@ import hashlib
 import numpy as np
 
 from .context import ScoringContext
+from .needs import Needs
+
+NAME = "random"
+SOURCE = "a control"
+NEEDS = Needs()
 
 
-def random(context: ScoringContext) -> np.ndarray:
+def score(context: ScoringContext) -> np.ndarray:
     """Uniform in [0, 1), decided by the row's tokens and `seed` alone: no other row, order, rank or refresh changes it.
 
     Returns:

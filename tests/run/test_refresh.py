@@ -56,10 +56,10 @@ def test_a_second_train_with_another_model_scores_that_one(tmp_path):
     trainer = build(tmp_path, {"retrieval": "policy"}, max_steps=3)
     trainer.model_init = lambda: tiny.make_model()
     trainer.train()
-    first = callback_of(trainer).scores.clone()
+    first = callback_of(trainer).state.scores.clone()
     trainer.train()
-    assert callback_of(trainer)._engine.model is trainer.model
-    torch.testing.assert_close(callback_of(trainer).scores, first, atol=1e-4, rtol=0)
+    assert callback_of(trainer).scoring.engine.model is trainer.model
+    torch.testing.assert_close(callback_of(trainer).state.scores, first, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("interval", [1, 2, 4, 100, 0.1])

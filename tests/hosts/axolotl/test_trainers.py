@@ -130,7 +130,7 @@ def labelled_pair(row):
 def test_scores_of_dpo_pairs_with_trained_lora(maker):
     trainer = maker("dpo", tiny.pair_rows(8), **{**LORA, "learning_rate": 0.05})(ica={"k": 2})
     check_scores(trainer, pair_of)
-    assert not callback_of(trainer).length_normalize
+    assert not callback_of(trainer).scoring.length_normalize
 
 
 @pytest.mark.parametrize("kind", ["simpo", "orpo"])
@@ -138,7 +138,7 @@ def test_scores_of_length_normalized_pairs(maker, kind):
     rows = tiny.pair_rows(8) if kind == "simpo" else tiny.argilla_rows(8)
     trainer = maker(kind, rows)(ica={"k": 2})
     check_scores(trainer, labelled_pair)
-    assert callback_of(trainer).length_normalize
+    assert callback_of(trainer).scoring.length_normalize
 
 
 def test_scores_of_kto(maker):
@@ -151,7 +151,9 @@ def test_scores_of_kto(maker):
 
     check_scores(trainer, rows_of)
     callback = callback_of(trainer)
-    assert {callback.holdout.examples[d].desirable for demos in callback._demonstrations for d in demos} == {True}
+    assert {
+        callback.holdout.examples[d].desirable for demos in callback.state.shown(range(len(callback.train))) for d in demos
+    } == {True}
 
 
 def test_scores_and_weights_stay_with_their_rows(maker):

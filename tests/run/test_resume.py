@@ -52,10 +52,10 @@ def test_resumed_from_any_checkpoint_it_ends_the_same(tmp_path, name):
         resumed = run(folder, BLOCKS[name], resume=str(folder / f"checkpoint-{step}"))
         assert same(parameters(resumed), end), step
         assert torch.equal(callback_of(resumed).weights, callback_of(whole).weights)
-        assert torch.equal(callback_of(resumed).scores, callback_of(whole).scores)
+        assert torch.equal(callback_of(resumed).state.scores, callback_of(whole).state.scores)
         assert scores(folder) == scores(tmp_path / "whole")
-        assert callback_of(resumed).refreshes == callback_of(whole).refreshes
-        assert callback_of(resumed).scored_rows == callback_of(whole).scored_rows
+        assert callback_of(resumed).state.counts.refreshes == callback_of(whole).state.counts.refreshes
+        assert callback_of(resumed).state.counts.scored_rows == callback_of(whole).state.counts.scored_rows
 
 
 def test_resumed_with_another_batch_size_inside_a_window_scores_the_rows_to_come(tmp_path, capfd):
@@ -63,8 +63,8 @@ def test_resumed_with_another_batch_size_inside_a_window_scores_the_rows_to_come
     run(tmp_path, BLOCKS["window"], **SAVING)
     checkpoint = str(tmp_path / "checkpoint-2")
     resumed = run(tmp_path / "on", BLOCKS["window"], resume=checkpoint, per_device_train_batch_size=4)
-    assert "another number of rows per step than in the checkpoint" in capfd.readouterr().err
-    assert callback_of(resumed).refreshes >= 2 and not torch.isnan(callback_of(resumed).weights).any()
+    assert "the rows to come are not those that were scored before the checkpoint" in capfd.readouterr().err
+    assert callback_of(resumed).state.counts.refreshes >= 2 and not torch.isnan(callback_of(resumed).weights).any()
 
 
 def test_given_weights_go_on(tmp_path):
@@ -136,7 +136,7 @@ def test_the_state_is_small_and_a_full_disk_does_not_end_the_run(tmp_path, check
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ica_plugin.run.state.save_file", full)
+    monkeypatch.setattr("ica_plugin.run.checkpoint.save_file", full)
     trainer = run(tmp_path, BLOCKS["window"], **SAVING)
     assert trainer.state.global_step == 12 and not list(tmp_path.rglob(f"*{STATE_FILE}*"))
     assert "a run resumed from this checkpoint scores its rows again" in capfd.readouterr().err
@@ -171,7 +171,7 @@ def child(folder: Path, resume: str | None, phase, counts) -> None:
     trainer.training_step = during("step", trainer.training_step)
     trainer._save_checkpoint = during("checkpoint", trainer._save_checkpoint)
     trainer.train(resume_from_checkpoint=resume)
-    result = {**parameters(trainer), "ica.weights": callback.weights, "ica.scores": callback.scores}
+    result = {**parameters(trainer), "ica.weights": callback.weights, "ica.scores": callback.state.scores}
     save_file({name: value.contiguous() for name, value in result.items()}, folder / ".end")
     os.replace(folder / ".end", folder / "end.safetensors")
     os._exit(0)
@@ -195,7 +195,9 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 def test_killed_at_random_moments_and_resumed_it_ends_the_same(tmp_path, monkeypatch):
     """27 runs: nine stopped while scoring, nine in or between steps, nine while a checkpoint is written; three of them by
     SIGTERM, the others by SIGKILL."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the server does not take over sys.path
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    )  # the server does not take over sys.path
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["checks", "runs", "test_resume"])
     rng = random.Random(0)

@@ -130,8 +130,10 @@ def test_scores(make, kind):
     trainer = make(kind, rows, **lora)(ica={"k": 2}, micro_batch=4)
     check_scores(trainer, sequences_of)
     callback = callback_of(trainer)
-    assert callback.length_normalize == (kind in ("simpo", "orpo"))
-    assert {callback.holdout.examples[d].desirable for demos in callback._demonstrations for d in demos} == {True}
+    assert callback.scoring.length_normalize == (kind in ("simpo", "orpo"))
+    assert {
+        callback.holdout.examples[d].desirable for demos in callback.state.shown(range(len(callback.train))) for d in demos
+    } == {True}
 
 
 def test_scores_and_weights_stay_with_their_rows(make):

@@ -91,7 +91,7 @@ def test_several_holdout_sets_are_scored_as_a_run_scores_them(tmp_path):
     numbers = audit_numbers(callback, rows=30, planted=10, scorers=["ica", "rho"])
     callback.files = ScoreFile(tmp_path / "scores.parquet")
     callback.refresh(list(range(30)), shared=False)
-    np.testing.assert_allclose(numbers["values"]["ica + likelihood"], callback.scores, rtol=1e-5)
+    np.testing.assert_allclose(numbers["values"]["ica + likelihood"], callback.state.scores, rtol=1e-5)
     assert all(0 <= line[name] <= 1 for line in numbers["noise"] for name in ("ica", "rho", "ica + likelihood"))
     halves = numbers["sensitivity"][-1]
     assert halves["ICA with"] == "one half of the holdout against the other" and halves["rank correlation"] < 0.999

@@ -36,7 +36,7 @@ def test_out_of_memory_while_scoring_halves_the_forward_and_goes_on(tmp_path, mo
 
     monkeypatch.setattr(PackedPath, "token_logprobs", short_of_memory)
     trainer = build(tmp_path / "short", WINDOW)
-    callback_of(trainer)._get_engine().budget = Budget(tokens=256, predictions=256)
+    callback_of(trainer).scoring.engine.budget = Budget(tokens=256, predictions=256)
     trainer.train()
     assert len(calls) > 9 and "out of memory while scoring; at most" in capfd.readouterr().err
     for one, other in zip(scores(tmp_path / "whole"), scores(tmp_path / "short"), strict=True):
@@ -49,7 +49,7 @@ def test_out_of_memory_for_a_single_row_says_what_to_do(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     trainer = build(tmp_path, WINDOW)
-    assert callback_of(trainer)._get_engine().path  # it tries the model itself
+    assert callback_of(trainer).scoring.engine.path  # it tries the model itself
     monkeypatch.setattr(PackedPath, "token_logprobs", out_of_memory)
     with pytest.raises(ICAError, match="out of memory while scoring a single row .* Lower `ica.k`"):
         trainer.train()
@@ -73,14 +73,14 @@ def test_a_row_on_which_the_policy_is_nan_has_weight_0_and_no_other_row_notices(
     train, model = with_nan_token([7])
     trainer = build(tmp_path, {}, train=Dataset.from_list(train), model=model, max_steps=1)
     callback = callback_of(trainer)
-    engine = callback._get_engine()
+    engine = callback.scoring.engine
     base = engine._base
     engine._chosen = PaddedPath(model, base, engine.device) if path == "padded" else PackedPath(model, base, engine.device, path)
     callback.on_train_begin(trainer.args, trainer.state, trainer.control)
     callback.refresh(list(range(ROWS)), shared=True)
     assert "1 row(s) have a NaN or infinite score and weight 0: [7]" in capfd.readouterr().err
     assert callback.weights[7] == 0 and torch.isfinite(callback.weights).all()
-    assert np.isfinite(np.delete(callback.scores.numpy(), 7)).all()
+    assert np.isfinite(np.delete(callback.state.scores.numpy(), 7)).all()
 
 
 def test_a_policy_that_is_nan_on_many_rows_stops_the_run(tmp_path):

@@ -16,7 +16,7 @@ from harness import write_config
 from processes import run
 
 pytestmark = pytest.mark.host
-EXAMPLES = Path(__file__).parents[2] / "example_configs" / "axolotl"
+EXAMPLES = Path(__file__).parents[3] / "example_configs" / "axolotl"
 
 
 def axolotl(*arguments: str, **variables: str) -> subprocess.CompletedProcess:

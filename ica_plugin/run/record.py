@@ -1,0 +1,33 @@
+"""run.json: what a run was, and what it did so far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .clock import Clock
+from .refresh import Refresh
+
+
+def run_record(refresh: Refresh, clock: Clock) -> dict[str, Any]:
+    """The content of run.json, but for the versions.
+
+    Args:
+        refresh: of the run, with what it scores and what it knows of the rows.
+        clock: of the run.
+    """
+    scoring, counts = refresh.scoring, refresh.state.counts
+    return {
+        "config": scoring.config.model_dump(mode="json"),
+        "length_normalize": scoring.length_normalize,
+        "rows": len(scoring.train),
+        "holdout_rows": len(scoring.holdout.examples),
+        "rows_in_holdout": scoring.holdout.rows_in_train,
+        "rows_without_supervised_token": int((refresh.tokens == 0).sum()),
+        "scored_rows": counts.scored_rows,
+        "scored_share": counts.scored_rows / max(counts.weighted_rows, 1),
+        "neighbour_correlation": refresh.neighbour_correlation,
+        "refreshes": counts.refreshes,
+        "steps": scoring.trainer.state.global_step,
+        "scoring_seconds": round(clock.scoring_seconds, 3),
+        "training_seconds": round(clock.training_seconds, 3),
+    }

@@ -1,0 +1,131 @@
+"""What a person reads while the run goes: log lines, and metrics through the host's own log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import Trainer
+
+from ..config import ICAConfig
+from ..log import get_logger
+from ..weighting.weights import Weights
+
+# Weights within fewer rows than this say little.
+FEW_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """One refresh, for people.
+
+    Attributes:
+        number: of the refresh, from 0.
+        rows: int64 [n], its rows.
+        scores: float64 [n], NaN where a row was not scored.
+        scored: rows scored themselves.
+        weights: of the rows.
+        seconds: that it took.
+        overhead: scoring seconds of the run so far over its training seconds.
+    """
+
+    number: int
+    rows: np.ndarray
+    scores: np.ndarray
+    scored: int
+    weights: Weights
+    seconds: float
+    overhead: float
+
+
+class Report:
+    """Log lines and metrics of one run.
+
+    Args:
+        trainer: the host's.
+        config: the block.
+    """
+
+    def __init__(self, trainer: Trainer, config: ICAConfig):
+        self._trainer, self._config = trainer, config
+
+    def refreshed(self, refresh: Refreshed) -> None:
+        """Say what a refresh did."""
+        weights, finite = refresh.weights, refresh.scores[np.isfinite(refresh.scores)]
+        mean, spread = (float(finite.mean()), float(finite.std())) if len(finite) else (0.0, 0.0)
+        share_clipped = float(weights.clipped.mean())
+        get_logger().info(
+            "refresh %d at step %d: %d rows scored in %.1f s; score %.2f ± %.2f%s; weights %.3g to %.3g, effective "
+            "sample size %.0f %%, %.1f %% of rows at max_weight.",
+            refresh.number,
+            self._trainer.state.global_step,
+            refresh.scored,
+            refresh.seconds,
+            mean,
+            spread,
+            " nats" if self._config.score == "ica" else "",
+            weights.values.min(),
+            weights.values.max(),
+            100 * weights.effective_sample_size,
+            100 * share_clipped,
+        )
+        if len(finite) > 1 and np.ptp(finite) == 0:
+            get_logger().warning(
+                "every row has the same score (%.4g) by `score: %s`: all weights are alike and nothing is reweighted. A score that "
+                "cannot tell rows apart is a fault, or the policy has not moved from its reference yet.",
+                finite[0],
+                self._config.score,
+            )
+        if weights.bad.any():
+            bad = refresh.rows[weights.bad]
+            get_logger().warning("%d row(s) have a NaN or infinite score and weight 0: %s", len(bad), bad[:10].tolist())
+        self._log(
+            {
+                "ica/score_mean": mean,
+                "ica/score_std": spread,
+                "ica/effective_sample_size": weights.effective_sample_size,
+                "ica/clipped_share": share_clipped,
+                "ica/scoring_seconds": refresh.seconds,
+                "ica/overhead": refresh.overhead,
+            }
+        )
+
+    def within_budget(self, scored: int, rows: int, correlation: float | None) -> None:
+        """Say how far the budget reached, and how well scored rows speak for the others."""
+        get_logger().info(
+            "ica.budget: %d of %d rows scored; the others have their neighbours' weight (rank correlation on the rows scored so far: %s).",
+            scored,
+            rows,
+            "too few to tell" if correlation is None else f"{correlation:.2f}",
+        )
+        self._log(
+            {"ica/scored_share": scored / rows} | ({} if correlation is None else {"ica/neighbour_correlation": correlation})
+        )
+
+    def given(self, values: np.ndarray) -> None:
+        """Say that given weights are trained with. `values`: float64 [rows]."""
+        nothing = np.zeros(len(values), bool)
+        size = Weights(values, nothing, nothing).effective_sample_size
+        get_logger().info(
+            "training with given weights: %d rows, mean %.3g, %.3g to %.3g, effective sample size %.0f %%; nothing is scored.",
+            len(values),
+            values.mean(),
+            values.min(),
+            values.max(),
+            100 * size,
+        )
+        self._log({"ica/effective_sample_size": size})
+
+    def small_window(self, rows: int, train_rows: int) -> None:
+        """Warn where a window has too few rows to weigh them against each other."""
+        if rows < min(FEW_ROWS, train_rows):
+            get_logger().warning(
+                "ica.refresh_interval: a window is %d row(s), and rows are weighted against the others of their window alone%s. Take a longer "
+                "`refresh_interval`, or `refresh_scope: all`.",
+                rows,
+                ": every weight is 1, and nothing is reweighted" if rows == 1 else "",
+            )
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        # transformers' own method: TRL's override would flush its half-collected metrics here.
+        Trainer.log(self._trainer, metrics)
