@@ -105,7 +105,7 @@ def check_weights(weights: Any, where: str) -> np.ndarray:
 
 
 def _read_table(path: str, where: str) -> pa.Table:
-    file = Path(path)
+    file = Path(path).expanduser()
     kind = READERS.get(file.suffix.lower())
     if kind is None:
         raise ICAError(f"{where}: unknown ending {file.suffix!r}; give a .parquet, .csv or .jsonl file.")

@@ -16,7 +16,7 @@ from ..data.store import Example, Kind, Sequence
 from ..policy.engine import Engine, Progress
 from ..policy.gradients import RowReference, row_gradients
 from ..policy.reference import Reference
-from .ica import Scores, ica_scores
+from .in_context import Scores, ica_scores
 
 
 @dataclass
