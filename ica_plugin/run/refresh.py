@@ -125,13 +125,10 @@ class Refresh:
         neutral = np.array([shows and not shown for shown in self.state.shown(rows)])
         if self.budgeted is None:
             by_token = self.scoring.train.kind == "sft"
-            return weights_from_scores(columns["score"], config, tokens=self.tokens[rows], by_token=by_token, neutral=neutral)
-        neighbours, known, scored = self.budgeted.neighbours, self.state.scores.numpy(), columns["scored"]
-        assert neighbours is not None
-        before = np.flatnonzero(np.isfinite(known))  # a resumed run's among them
-        neighbours.add(before, known[before], np.zeros(len(before), bool))
-        neighbours.add(rows[scored], columns["score"][scored], neutral[scored])
-        weights, self.neighbour_correlation = neighbours.weigh(rows)
+            return weights_from_scores(
+                columns["score"], config, tokens=self.tokens[rows], by_token=by_token, neutral=neutral, rows=rows
+            )
+        weights, self.neighbour_correlation = self.budgeted.weigh(columns, neutral)
         return weights
 
     def _written(self, columns: Columns, weights: Weights) -> dict[str, Any]:
