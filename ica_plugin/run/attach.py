@@ -18,7 +18,7 @@ from ..data.weights_file import check_weights, read_weights
 from ..errors import ICAError
 from ..log import get_logger
 from ..policy.model import model_context
-from ..training.refusals import _refuse_what_cannot_be_weighted, loss_types
+from ..training.refusals import loss_types, refuse_what_cannot_be_weighted
 from ..training.wrap import Hooks
 from .callback import ICACallback
 from .checkpoint import facts_of
@@ -47,7 +47,7 @@ def attach_examples(
     Raises:
         ICAError: what cannot be weighted exactly, and what to do about it.
     """
-    _refuse_what_cannot_be_weighted(trainer)
+    refuse_what_cannot_be_weighted(trainer)
     row_ids = row_ids_of(trainer.train_dataset)
     train = read_examples(trainer.train_dataset, trainer.data_collator)
     unsupervised = np.flatnonzero(~train.can_be_scored)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..scorers import CONTRACT_COLUMNS, balanced_score
+from ..scorers.combine import without_spread
 from ..weighting.retrieval import report_fewer
 from ..weighting.weights import Weights, weights_from_scores
 from .budget import Budgeted
@@ -153,6 +154,9 @@ class Refresh:
         counts, clock = self.state.counts, self._clock
         overhead = clock.scoring_seconds / max(clock.training_seconds, 1e-9) if counts.refreshes else 0.0
         scored = int(columns["scored"].sum())
-        self._report.refreshed(Refreshed(counts.refreshes, columns["row"], columns["score"], scored, weights, seconds, overhead))
+        flat = without_spread({name: columns[name] for name in columns if name not in ("row", "scored", "base", "context")})
+        self._report.refreshed(
+            Refreshed(counts.refreshes, columns["row"], columns["score"], flat, scored, weights, seconds, overhead)
+        )
         if self.budgeted is not None:
             self._report.within_budget(scored, len(columns["row"]), self.neighbour_correlation)
