@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from ..config import ICAConfig
-from ..data.store import Example, Sequence
+from ..data.store import Example, Rows, Sequence
 from .pool import Pool
 from .weights import Weights, limited, weights_from_scores
 
@@ -30,7 +30,7 @@ FEWEST_LEFT_OUT, MOST_LEFT_OUT = 64, 512
 
 
 @torch.no_grad()
-def row_features(embedding: nn.Embedding, rows: list[Example]) -> np.ndarray:
+def row_features(embedding: nn.Embedding, rows: Rows | list[Example]) -> np.ndarray:
     """What makes rows neighbours, without a forward: the policy's own input embeddings, averaged over the prompt and over
     each response with rare tokens counting more, and centred; and the number of supervised tokens.
 
@@ -46,8 +46,9 @@ def row_features(embedding: nn.Embedding, rows: list[Example]) -> np.ndarray:
     directions = torch.randn(table.shape[1], WIDTH, generator=generator) / WIDTH**0.5  # keeps inner products, costs less
     table = (table @ directions.to(table)).float()
     counts = np.zeros(len(table))
-    for row in rows:
-        counts += np.bincount(row.demonstration.tokens, minlength=len(table))
+    for start in range(0, len(rows), ROWS_PER_BLOCK):  # a vocabulary is longer than a row
+        tokens = [row.demonstration.tokens for row in rows[start : start + ROWS_PER_BLOCK]]
+        counts += np.bincount(np.concatenate(tokens), minlength=len(table))
     rarity = FREQUENCY / (FREQUENCY + counts / counts.sum())
     table = table * torch.from_numpy(rarity).to(table)[:, None]
     parts = [_means(table, [row.demonstration.prompt for row in rows])]

@@ -107,7 +107,7 @@ def test_max_weight_and_the_mean_hold_at_any_temperature(scores, tokens, by_toke
     # Where even the limit on every good row is too little for a mean of 1, the limit holds.
     reachable = min(1.0, limit * share[~weights.bad].sum() / share.sum())
     assert (weights.values * share).sum() / share.sum() == pytest.approx(reachable, rel=1e-6)
-    assert (np.diff(weights.values[: len(scores) - broken][np.argsort(scores[broken:])]) >= 0).all()
+    assert (np.diff(weights.values[: len(scores) - broken][np.argsort(scores[broken:])]) >= -1e-9 * limit).all()
 
 
 def test_clipping_gives_what_it_takes_to_the_other_rows():
