@@ -16,7 +16,7 @@ from transformers import DataCollatorForLanguageModeling, T5Config, T5ForConditi
 
 import hosts.trl.trl_harness as trl_harness
 import tiny
-from checks import callback_of
+from checks import callback_of, record_training_weights
 from ica_plugin import attach
 from ica_plugin.config import parse_config
 from ica_plugin.data.batches import examples_from_batch
@@ -85,6 +85,14 @@ def data_parallel(folder: Path):
     attach(trainer, {}, holdout=tokenised(6, 9))
 
 
+def changing_collator(folder: Path):
+    trainer = build(folder, None)
+    host = trainer.data_collator
+    trainer.data_collator = lambda rows: host([{**row, "input_ids": [t + len(rows) for t in row["input_ids"]]} for row in rows])
+    attach(trainer, {"retrieval": "random"}, holdout=tokenised(6, 9))
+    trainer.train()
+
+
 GOOD = json.dumps(row([5, 6, 7, 8, 9]))
 # What the page calls it → how to make it.
 REFUSED: dict[str, Callable[[Path], object]] = {
@@ -95,6 +103,12 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "every answer empty": lambda f: build(f, {}, holdout=Dataset.from_list([row([5, 6, 7], 0)])),
     "no train row with an answer": lambda f: build(f, {}, train=Dataset.from_list([row([5, 6, 7], 0)] * 3)),
     "holdout row over the context": lambda f: build(f, {}, holdout=Dataset.from_list([row([5] * 2000)])),
+    "holdout row over `max_length` of TRL": lambda f: trl_harness.Maker(
+        f, "sft", trl_harness.sft_rows(4), Dataset.from_list([row([5] * 200)]), max_length=64
+    )(ica={}),
+    "`with_transform`": lambda f: build(f, {}, train=tokenised(4, 0).with_transform(lambda rows: rows)),
+    "a column `ica_rows`": lambda f: build(f, {}, train=tokenised(4, 0).add_column("ica_rows", [0, 1, 2, 3])),
+    "a collator that changes rows": changing_collator,
     "`k: 0`": lambda f: parse_config({"holdout": "x", "k": 0}),
     "weights: missing row": lambda f: build(f, weights_file(f, *all_but(4))),
     "weights: duplicate row": lambda f: build(f, weights_file(f, "3,1", *all_but(-1))),
@@ -175,6 +189,16 @@ def max_steps_inside_a_window(folder: Path):
     assert [(step, len(rows)) for step, rows in refreshes(folder)] == [(0, 12)] and trainer.state.global_step == 3
 
 
+def sorting_collator(folder: Path):
+    trainer = build(folder, None, num_train_epochs=1)
+    host = trainer.data_collator
+    trainer.data_collator = lambda rows: host(sorted(rows, key=lambda row: len(row["input_ids"])))
+    attach(trainer, weights=[float(len(tokens)) for tokens in trainer.train_dataset["input_ids"]])
+    seen = record_training_weights(trainer)
+    trainer.train()
+    assert len(seen) == ROWS and all(weight == len(tokens) for tokens, weight in seen)
+
+
 def tokenised_without_template(folder: Path):
     trainer = build(folder, {})
     trainer.processing_class.chat_template = None
@@ -190,6 +214,7 @@ GOES_ON = {
     "all scores equal": equal_scores,
     "row in both sets": row_in_both_sets,
     "`max_steps` inside a refresh window": max_steps_inside_a_window,
+    "a collator that sorts rows": sorting_collator,
     "tokenised rows, no chat template": tokenised_without_template,
 }
 
