@@ -16,8 +16,10 @@ from .batches import examples_from_batch
 from .packing import packed_lengths, unpacked
 from .store import Rows, RowsBuilder
 
+Collator = Callable[[list[dict]], Mapping[str, Any]]
 
-def read_examples(dataset: Any, collator: Callable[[list[dict]], Mapping[str, Any]]) -> Rows:
+
+def read_examples(dataset: Any, collator: Collator) -> Rows:
     """Read every row of a map-style dataset through the trainer's collator, one row at a time.
 
     A row into which the host packed several examples gives one `Example` for each, in order.
@@ -28,8 +30,9 @@ def read_examples(dataset: Any, collator: Callable[[list[dict]], Mapping[str, An
         collator: the trainer's own.
 
     Raises:
-        ICAError: see `examples_from_batch`; the message names the row.
+        ICAError: a transform on the dataset; and see `examples_from_batch`, the message names the row.
     """
+    refuse_transform(dataset, "the dataset")
     dataset = without_text_columns(dataset)
     rows = RowsBuilder()
     for index, row in enumerate(dataset):
@@ -48,6 +51,26 @@ def _with_mask(batch: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str,
     if "input_ids" not in batch or "input_ids" not in row or (torch.is_tensor(mask) and mask.dim() == 2):
         return batch
     return {**batch, "attention_mask": torch.arange(batch["input_ids"].shape[1])[None] < len(row["input_ids"])}
+
+
+def one_row(features: list[dict]) -> dict[str, torch.Tensor]:
+    """A collator of one tokenised row, where there is no trainer to ask for its own."""
+    return {key: torch.tensor([value]) for key, value in features[0].items() if value is not None}
+
+
+def refuse_transform(dataset: Any, what: str) -> None:
+    """Raise ICAError for a dataset whose rows a function makes anew whenever they are read (`with_transform`, `set_transform`).
+
+    Args:
+        dataset: `datasets.Dataset`.
+        what: the dataset, for the message.
+    """
+    if (getattr(dataset, "format", None) or {}).get("type") == "custom":
+        raise ICAError(
+            f"{what} makes its rows anew whenever they are read (`with_transform` or `set_transform`), so that a row that was scored "
+            "need not be the row that is trained, and a row number added to it may be dropped. Apply the function once instead: "
+            "`dataset.with_format(None).map(...)`."
+        )
 
 
 def without_text_columns(dataset: Any) -> Any:

@@ -11,14 +11,13 @@ from datasets import Dataset, load_dataset, load_from_disk
 from transformers import Trainer
 
 from ..config import ICAConfig, parse_config
-from ..data.loaders import json_error
-from ..data.read import read_examples
-from ..data.store import Example
+from ..data.loaders import HoldoutLoader, Source, expanded, local_path
+from ..data.store import Rows
 from ..errors import ICAError
 from ..run.attach import attach_examples
 from ..run.callback import ICACallback
 from ..versions import warn_if_untested
-from .trl import _refuse_trl_settings, prepare_like_train
+from .trl import is_trl, limit_of, nothing_cut, prepare_like_train, refuse_trl_settings
 
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 
@@ -47,7 +46,7 @@ def attach(
     Raises:
         ICAError: what cannot be weighted exactly, a wrong key, or a holdout or weights that do not fit the trainer.
     """
-    if any(base.__module__.startswith("trl.") for base in type(trainer).__mro__):
+    if is_trl(trainer):
         warn_if_untested("trl")
     block = config.model_dump(exclude_unset=True) if isinstance(config, ICAConfig) else dict(config or {})
     for key, value in (("holdout", holdout), ("weights", weights)):
@@ -66,50 +65,63 @@ def attach(
     if weights is not None and not isinstance(weights, (str, Path)):
         given = weights.detach().float().cpu().numpy() if torch.is_tensor(weights) else weights
     parsed = parse_config(block)
-    _refuse_trl_settings(trainer)
+    if is_trl(trainer):
+        refuse_trl_settings(trainer)
     rows = holdout if hasattr(holdout, "column_names") else None
-    return attach_examples(
-        trainer,
-        parsed,
-        read_holdout=lambda one: _read_holdout(trainer, one.holdout if rows is None else rows, str(one.holdout)),
-        weights=given,
-    )
+    return attach_examples(trainer, parsed, read_holdout=TrainerHoldout(trainer, rows), weights=given)
 
 
-def _read_holdout(trainer: Trainer, source: Any, name: str) -> tuple[str, list[Example]]:
-    rows = source if hasattr(source, "column_names") else _load_rows(source, name)
-    if len(rows) == 0:
-        raise ICAError(f"ica.holdout: {name} has no rows. Give at least one good example; 50 to 500 serve well.")
-    tokenised = [column for column in trainer.train_dataset.column_names if column.endswith("_ids")]
-    if not set(tokenised) & set(rows.column_names):
+class TrainerHoldout(HoldoutLoader):
+    """The holdout through `datasets`, prepared as the trainer prepared its own rows unless it is tokenised.
+
+    Args:
+        trainer: any transformers or TRL trainer.
+        rows: a `datasets.Dataset`, in place of what the block's `holdout` names.
+    """
+
+    def __init__(self, trainer: Trainer, rows: Dataset | None = None):
+        self.trainer, self.rows = trainer, rows
+        self.collator, self.limit = trainer.data_collator, limit_of(trainer)
+
+    def __call__(self, config: ICAConfig) -> tuple[str, Rows]:
+        with nothing_cut(self.trainer):
+            return super().__call__(config)
+
+    def find(self, holdout: str | Mapping[str, Any]) -> Source:
+        """The arguments of `datasets.load_dataset`; those of a file name the reader of its format."""
+        if self.rows is not None:
+            return Source(str(holdout), None)
+        entry = {"path": holdout} if isinstance(holdout, str) else dict(holdout)
+        if not entry.get("path"):
+            raise ICAError("ica.holdout: the dataset entry has no `path`.")
+        name = str(entry["path"])
+        file = local_path(name)
+        entry |= {key: expanded(entry[key]) for key in ("path", "data_files", "data_dir") if key in entry}
+        if file is not None and file.suffix.lower() in FILE_TYPES:
+            entry |= {"path": FILE_TYPES[file.suffix.lower()], "data_files": str(file)}
+        return Source(name, entry, file)
+
+    def read(self, source: Source) -> Dataset:
+        if self.rows is not None:
+            return self.rows
+        if source.file is not None and (source.file / "state.json").is_file():
+            return load_from_disk(str(source.file))
+        return load_dataset(**{"split": "train", **source.entry})
+
+    def explain(self, error: Exception, source: Source) -> str:
+        return f"cannot be read by `datasets`: {type(error).__name__}: {error}"
+
+    def prepare(self, name: str, dataset: Dataset) -> Any:
+        tokenised = [column for column in self.trainer.train_dataset.column_names if column.endswith("_ids")]
+        if set(tokenised) & set(dataset.column_names):
+            return dataset
         try:
-            rows = prepare_like_train(trainer, rows)
+            return prepare_like_train(self.trainer, dataset)
         except ICAError:
             raise
-        except Exception as error:
+        except Exception as error:  # whatever a trainer's own preparation raises
             raise ICAError(
-                f"ica.holdout: {name}: its rows (columns {rows.column_names}) could not be prepared as the trainer's own were: "
+                f"ica.holdout: {name}: its rows (columns {dataset.column_names}) could not be prepared as the trainer's own were: "
                 f"{type(error).__name__}: {error}. Give rows with the fields of the training data, or tokenised rows with the "
                 f"columns {tokenised}."
             ) from error
-    return name, read_examples(rows, trainer.data_collator)
-
-
-def _load_rows(source: str | Mapping[str, Any], name: str) -> Dataset:
-    """A path, a hub id, or a mapping of the arguments of `datasets.load_dataset`, as rows."""
-    entry = {"path": source} if isinstance(source, str) else dict(source)
-    path = Path(str(entry.get("path", "")))
-    kind = FILE_TYPES.get(path.suffix.lower())
-    if (kind or str(path).startswith((".", "/", "~"))) and not path.expanduser().exists():
-        raise ICAError(f"ica.holdout: {name}: no such file or folder (looked for {path.expanduser().absolute()}).")
-    try:
-        if (path / "state.json").is_file():
-            return load_from_disk(str(path))
-        if kind:
-            entry |= {"path": kind, "data_files": str(path.expanduser())}
-        return load_dataset(**{"split": "train", **entry})
-    except Exception as error:
-        malformed = json_error(path)
-        if malformed:
-            raise ICAError(f"ica.holdout: malformed json: {malformed}. Correct or remove that line.") from error
-        raise ICAError(f"ica.holdout: {name}: cannot be read by `datasets`: {type(error).__name__}: {error}") from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import Trainer
@@ -12,8 +13,51 @@ from ..errors import ICAError
 from ..training.injection import trains_output_embedding
 from ..training.refusals import loss_types
 
+# Settings by which TRL's trainers, their arguments and their collators cut rows.
+LIMITS = ("max_length", "max_prompt_length", "max_completion_length")
 
-def _refuse_trl_settings(trainer: Trainer) -> None:
+NO_LIMIT = 1 << 30
+
+
+def is_trl(trainer: Trainer) -> bool:
+    """Whether the trainer is one of TRL's, or made from one."""
+    return any(base.__module__.startswith("trl.") for base in type(trainer).__mro__)
+
+
+def limit_of(trainer: Trainer) -> tuple[str, int] | None:
+    """The setting by which a TRL trainer cuts its rows, with its value in tokens; None where it cuts none."""
+    if not is_trl(trainer):
+        return None
+    for holder in (trainer, trainer.args):  # TRL 0.x resolves a default on the trainer
+        if isinstance(getattr(holder, "max_length", None), int):
+            return "max_length", holder.max_length
+    return None
+
+
+@contextmanager
+def nothing_cut(trainer: Trainer) -> Iterator[None]:
+    """Inside the block a TRL trainer's own preparation and collator cut no row, so that a long holdout row is seen as it is.
+
+    Of other collators `max_length` may be what they pad to, so it is left alone.
+    """
+    holders = [trainer, trainer.args] if is_trl(trainer) else []
+    if holders and type(trainer.data_collator).__module__.startswith("trl."):
+        holders.append(trainer.data_collator)
+    kept = []
+    for holder in holders:
+        for name in LIMITS:
+            if isinstance(value := getattr(holder, name, None), int):
+                kept.append((holder, name, value))
+                setattr(holder, name, NO_LIMIT)
+    try:
+        yield
+    finally:
+        for holder, name, value in kept:
+            setattr(holder, name, value)
+
+
+def refuse_trl_settings(trainer: Trainer) -> None:
+    """Raise ICAError for settings of a TRL trainer under which rows cannot be weighted one by one."""
     if "chunked_nll" in loss_types(trainer) and trains_output_embedding(trainer.model):
         raise ICAError(
             "TRL's `loss_type='chunked_nll'` (its default) never computes logits, so a trained output embedding cannot be "

@@ -12,16 +12,16 @@ from transformers import Trainer
 from ..config import ICAConfig
 from ..data.holdout import Holdout, check_holdout, joined
 from ..data.read import read_examples
-from ..data.row_ids import NO_ROW, row_ids_of
+from ..data.row_ids import NO_ROW, digest_of_ids, row_ids_of
 from ..data.store import Rows
 from ..data.weights_file import check_weights, read_weights
 from ..errors import ICAError
 from ..log import get_logger
 from ..policy.model import model_context
-from ..training.refusals import _refuse_what_cannot_be_weighted, loss_types
+from ..training.refusals import loss_types, refuse_what_cannot_be_weighted
 from ..training.wrap import Hooks
 from .callback import ICACallback
-from .checkpoint import digest, facts_of
+from .checkpoint import facts_of
 
 
 def attach_examples(
@@ -47,7 +47,8 @@ def attach_examples(
     Raises:
         ICAError: what cannot be weighted exactly, and what to do about it.
     """
-    _refuse_what_cannot_be_weighted(trainer)
+    refuse_what_cannot_be_weighted(trainer)
+    row_ids = row_ids_of(trainer.train_dataset)
     train = read_examples(trainer.train_dataset, trainer.data_collator)
     unsupervised = np.flatnonzero(~train.can_be_scored)
     if len(unsupervised) == len(train):
@@ -59,7 +60,6 @@ def attach_examples(
             len(train),
             unsupervised[0],
         )
-    row_ids = row_ids_of(trainer.train_dataset)
     given, holdout = None, Holdout([], [], [])
     if weights is not None or config.weights is not None:
         given = _given_weights(trainer, weights, config, row_ids, train, moved_rows)
@@ -67,9 +67,9 @@ def attach_examples(
         context = model_context(trainer.model)
         holdout = joined({name: check_holdout(*read_holdout(one), train, context) for name, one in config.sets.items()})
     callback = ICACallback(trainer, config, train, holdout, given=given, length_normalize=_length_normalize(trainer, config))
-    callback.ranks.agree(facts_of(config, train, holdout, given) | {"row ids": digest([repr(row_ids)])})
+    callback.ranks.agree(facts_of(config, train, holdout, given) | {"row ids": digest_of_ids(row_ids)})
     callback.files.moved_rows = moved_rows
-    callback.hooks = Hooks(trainer, row_ids, callback)
+    callback.hooks = Hooks(trainer, row_ids, train, callback)
     trainer.add_callback(callback)
     return callback
 

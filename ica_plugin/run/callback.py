@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..config import ICAConfig
 from ..data.holdout import Holdout
-from ..data.store import Example
+from ..data.store import Rows
 from ..errors import ICAError
 from ..training.injection import GradientInjection
 from ..training.wrap import Hooks
@@ -51,7 +51,7 @@ class ICACallback(TrainerCallback):
         self,
         trainer: Trainer,
         config: ICAConfig,
-        train: list[Example],
+        train: Rows,
         holdout: Holdout,
         *,
         given: np.ndarray | None,
@@ -104,7 +104,8 @@ class ICACallback(TrainerCallback):
         if resumed and self.ranks.is_main:
             self.files.keep_scores(self.state.counts.refreshes)
         if self.config.budget is not None:
-            self.refresh.budgeted = within_budget(self.scoring, state, kwargs.get("train_dataloader"))
+            known = self.state.scores.numpy()
+            self.refresh.budgeted = within_budget(self.scoring, state, kwargs.get("train_dataloader"), known)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._before_update.begin_epoch()

@@ -18,7 +18,8 @@ from torch import nn
 
 from ..config import ICAConfig
 from ..data.holdout import Holdout
-from ..data.store import Example
+from ..data.public import public_block
+from ..data.store import Rows
 from ..errors import ICAError
 from ..log import get_logger
 from .clock import Clock
@@ -29,8 +30,8 @@ from .state import RowState
 STATE_FILE = "ica_state.safetensors"
 
 
-# Keys of the block that may change between a run and its continuation: they touch no weight.
-FREE_KEYS = {"on_resume_mismatch"}
+# Keys of the block that may change between a run and its continuation: they touch no weight, or stand for rows that are compared.
+NOT_COMPARED = {"on_resume_mismatch", "holdout", "weights"}
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Checkpoints:
         return True
 
 
-def fingerprint(config: ICAConfig, train: list[Example], holdout: Holdout, given: Any, model: nn.Module) -> dict[str, Any]:
+def fingerprint(config: ICAConfig, train: Rows, holdout: Holdout, given: Any, model: nn.Module) -> dict[str, Any]:
     """What must be the same for a state to be the run's own, by the name a user knows it by.
 
     Args:
@@ -176,13 +177,13 @@ def fingerprint(config: ICAConfig, train: list[Example], holdout: Holdout, given
     return {**facts_of(config, train, holdout, given), "model": f"{type(base).__name__} {name} {digest(shapes)}"}
 
 
-def facts_of(config: ICAConfig, train: list[Example], holdout: Holdout, given: Any) -> dict[str, Any]:
+def facts_of(config: ICAConfig, train: Rows, holdout: Holdout, given: Any) -> dict[str, Any]:
     """The part of `fingerprint` that is known before the model is: the rows and the block."""
     return {
-        "train rows": digest(sequence.digest for row in train for sequence in row.sequences),
-        "holdout": digest(_parts_of_holdout(holdout)) if given is None else None,
+        "train rows": train.digest,
+        "holdout": holdout.digest if given is None else None,
         "weights": digest([given.tobytes().hex()]) if given is not None else None,
-        "block": config.model_dump(mode="json", exclude=FREE_KEYS | {"holdout", "weights"}),
+        "block": {key: value for key, value in public_block(config).items() if key not in NOT_COMPARED},
     }
 
 
@@ -194,11 +195,6 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if before.get(key) != after.get(key):
             found.append(f"ica.{key} (then {before.get(key)!r}, now {after.get(key)!r})")
     return found
-
-
-def _parts_of_holdout(holdout: Holdout) -> Iterable[str]:
-    yield from (sequence.digest for row in holdout.examples for sequence in row.sequences)
-    yield json.dumps(holdout.sets)
 
 
 def digest(parts: Iterable[str]) -> str:

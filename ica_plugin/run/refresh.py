@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.store import scored_tokens
 from ..scorers import CONTRACT_COLUMNS, balanced_score
+from ..scorers.combine import without_spread
 from ..weighting.retrieval import report_fewer
 from ..weighting.weights import Weights, weights_from_scores
 from .budget import Budgeted
@@ -43,7 +43,7 @@ class Refresh:
         self.scoring, self.state, self.files = scoring, state, files
         self.budgeted: Budgeted | None = None
         self.neighbour_correlation: float | None = None
-        self.tokens = scored_tokens(scoring.train)
+        self.tokens = scoring.train.supervised
         self._ranks, self._clock, self._report = ranks, clock, report
 
     def __call__(self, rows: list[int], *, shared: bool, until: int = 0) -> None:
@@ -124,14 +124,11 @@ class Refresh:
         shows = config.shows_demonstrations
         neutral = np.array([shows and not shown for shown in self.state.shown(rows)])
         if self.budgeted is None:
-            by_token = self.scoring.train[0].kind == "sft"
-            return weights_from_scores(columns["score"], config, tokens=self.tokens[rows], by_token=by_token, neutral=neutral)
-        neighbours, known, scored = self.budgeted.neighbours, self.state.scores.numpy(), columns["scored"]
-        assert neighbours is not None
-        before = np.flatnonzero(np.isfinite(known))  # a resumed run's among them
-        neighbours.add(before, known[before], np.zeros(len(before), bool))
-        neighbours.add(rows[scored], columns["score"][scored], neutral[scored])
-        weights, self.neighbour_correlation = neighbours.weigh(rows)
+            by_token = self.scoring.train.kind == "sft"
+            return weights_from_scores(
+                columns["score"], config, tokens=self.tokens[rows], by_token=by_token, neutral=neutral, rows=rows
+            )
+        weights, self.neighbour_correlation = self.budgeted.weigh(columns, neutral)
         return weights
 
     def _written(self, columns: Columns, weights: Weights) -> dict[str, Any]:
@@ -157,6 +154,9 @@ class Refresh:
         counts, clock = self.state.counts, self._clock
         overhead = clock.scoring_seconds / max(clock.training_seconds, 1e-9) if counts.refreshes else 0.0
         scored = int(columns["scored"].sum())
-        self._report.refreshed(Refreshed(counts.refreshes, columns["row"], columns["score"], scored, weights, seconds, overhead))
+        flat = without_spread({name: columns[name] for name in columns if name not in ("row", "scored", "base", "context")})
+        self._report.refreshed(
+            Refreshed(counts.refreshes, columns["row"], columns["score"], flat, scored, weights, seconds, overhead)
+        )
         if self.budgeted is not None:
             self._report.within_budget(scored, len(columns["row"]), self.neighbour_correlation)

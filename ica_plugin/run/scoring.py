@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from ..config import ICAConfig
 from ..data.holdout import Holdout
-from ..data.store import Example
+from ..data.store import Rows
 from ..policy.engine import Engine
 from ..policy.memory import budget_for
 from ..policy.model import model_context
@@ -32,7 +32,7 @@ class Scoring:
         length_normalize: mean log-probs for pairs.
     """
 
-    def __init__(self, trainer: Trainer, config: ICAConfig, train: list[Example], holdout: Holdout, length_normalize: bool):
+    def __init__(self, trainer: Trainer, config: ICAConfig, train: Rows, holdout: Holdout, length_normalize: bool):
         self.trainer, self.config, self.train, self.holdout = trainer, config, train, holdout
         self.length_normalize = length_normalize
         self._engine: Engine | None = None
@@ -43,7 +43,7 @@ class Scoring:
         """The policy's log-probs."""
         if self._engine is None:
             args, model = self.trainer.args, self.trainer.model
-            largest = max(sum(len(sequence.tokens) for sequence in row.sequences) for row in self.train)
+            largest = int(self.train.lengths.sum(axis=1).max())
             self._engine = Engine(
                 model,
                 device=args.device,
@@ -94,7 +94,7 @@ class Scoring:
 
     def score(self, rows: list[int], demonstrations: list[list[int]]) -> dict[str, np.ndarray]:
         """The columns of `scorers.scores_for_sets` for `rows`, with a bar on the local main process, and `row`."""
-        sequences = 2 * sum(len(self.train[row].sequences) for row in rows if self.train[row].can_be_scored)
+        sequences = 2 * self.train.lengths.shape[1] * int(self.train.can_be_scored[rows].sum())
         with tqdm(
             total=sequences if self.config.score == "ica" else None,
             desc="ICA scoring",

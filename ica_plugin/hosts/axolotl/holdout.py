@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from axolotl.utils.data import prepare_datasets, prepare_preference_datasets
@@ -12,90 +13,80 @@ from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 
 from ...config import ICAConfig
-from ...data.loaders import json_error
-from ...data.read import read_examples
-from ...data.store import Example
+from ...data.loaders import HoldoutLoader, Source, expanded, local_path
+from ...data.store import Rows
 from ...errors import ICAError
-from ..trl import prepare_like_train
+from ..trl import limit_of, nothing_cut, prepare_like_train
 
 # Keys of a dataset entry that say where its rows are; the others say how to read them.
 LOCATION_KEYS = {"path", "name", "split", "data_files", "ds_type", "revision", "shards", "shards_idx", "preprocess_shards"}
 
 
-LOCAL_ENDINGS = {".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt"}
-
-
-def holdout_entry(cfg: DictDefault, holdout: str | dict[str, Any]) -> tuple[str, DictDefault]:
-    """The holdout as an entry under `datasets`.
-
-    A path or hub id is read as the run's first dataset is; so is an entry without a `type`.
-
-    Returns:
-        (name for messages, entry).
-
-    Raises:
-        ICAError: an entry without a path, or a local file that is not there.
-    """
-    given = {"path": holdout} if isinstance(holdout, str) else {k: v for k, v in holdout.items() if v is not None}
-    if not given.get("path"):
-        raise ICAError("ica.holdout: the dataset entry has no `path`.")
-    path = Path(given["path"])
-    local = path.suffix in LOCAL_ENDINGS or given["path"].startswith((".", "/", "~"))
-    if local and not path.exists():
-        raise ICAError(f"ica.holdout: {given['path']}: no such file or folder (looked for {path.absolute()}).")
-    reading = {}
-    if "type" not in given and cfg.datasets:
-        reading = {k: v for k, v in dict(cfg.datasets[0]).items() if k not in LOCATION_KEYS}
-    return given["path"], DictDefault({**reading, **given})
-
-
-def load_holdout(cfg: DictDefault, config: ICAConfig, tokenizer: Any) -> tuple[str, Dataset]:
-    """Read the holdout through Axolotl's own loaders and prompt strategies.
+class AxolotlHoldout(HoldoutLoader):
+    """The holdout through Axolotl's own loaders and prompt strategies.
 
     Args:
         cfg: the run's validated config.
-        config: the block.
         tokenizer: the run's.
-
-    Returns:
-        (name for messages, rows): tokenised for SFT; prompt, chosen, … as text for preference runs.
-
-    Raises:
-        ICAError: the holdout cannot be read as the run's data is.
+        trainer: that was built for the run; preference rows are tokenised by it, and none are without.
     """
-    source, entry = holdout_entry(cfg, config.holdout)
-    with tempfile.TemporaryDirectory() as prepared:
-        run = DictDefault(copy.deepcopy(dict(cfg)))
-        run.update(
-            datasets=[entry],
-            test_datasets=None,
-            val_set_size=0,
-            sample_packing=False,
-            shuffle_merged_datasets=False,
-            dataset_exact_deduplication=False,
-            excess_length_strategy="raise",
-            dataset_prepared_path=prepared,
-            push_dataset_to_hub=None,
-            skip_prepare_dataset=False,
-            # A step count for the holdout means nothing, but the loaders compute one.
-            max_steps=None,
-        )
-        try:
-            if cfg.rl:
-                rows, _ = prepare_preference_datasets(run, tokenizer)
-            else:
-                rows, *_ = prepare_datasets(run, tokenizer)
-        except Exception as error:
-            malformed = json_error(source)
-            if malformed:
-                raise ICAError(f"ica.holdout: malformed json: {malformed}. Correct or remove that line.") from error
-            raise ICAError(f"ica.holdout: {source}: {_explain(error, cfg)}") from error
-    if len(rows) == 0:
-        raise ICAError(
-            f"ica.holdout: {source} has no rows with a supervised token under `type: {entry.type}`. Give at least one good "
-            "example; 50 to 500 serve well."
-        )
-    return source, rows
+
+    def __init__(self, cfg: DictDefault, tokenizer: Any, trainer: Any = None):
+        self.cfg, self.tokenizer, self.trainer = cfg, tokenizer, trainer
+        if trainer is not None:
+            self.collator = trainer.data_collator
+            self.limit = limit_of(trainer) if cfg.rl else None
+
+    def __call__(self, config: ICAConfig) -> tuple[str, Rows]:
+        with nothing_cut(self.trainer) if self.cfg.rl else nullcontext():  # Axolotl's preference trainers are TRL's
+            return super().__call__(config)
+
+    def find(self, holdout: str | Mapping[str, Any]) -> Source:
+        """The holdout as an entry under `datasets`: one without a `type`, or a mere path, is read as the run's first dataset is."""
+        given = {"path": holdout} if isinstance(holdout, str) else {k: v for k, v in holdout.items() if v is not None}
+        if not given.get("path"):
+            raise ICAError("ica.holdout: the dataset entry has no `path`.")
+        name = given["path"]
+        file = local_path(name)
+        given |= {key: expanded(given[key]) for key in ("path", "data_files") if key in given}
+        reading = {}
+        if "type" not in given and self.cfg.datasets:
+            reading = {k: v for k, v in dict(self.cfg.datasets[0]).items() if k not in LOCATION_KEYS}
+        return Source(name, DictDefault({**reading, **given}), file)
+
+    def read(self, source: Source) -> Dataset:
+        """Tokenised rows for SFT; prompt, chosen, … as text for preference runs."""
+        with tempfile.TemporaryDirectory() as prepared:
+            run = DictDefault(copy.deepcopy(dict(self.cfg)))
+            run.update(
+                datasets=[source.entry],
+                test_datasets=None,
+                val_set_size=0,
+                sample_packing=False,
+                shuffle_merged_datasets=False,
+                dataset_exact_deduplication=False,
+                excess_length_strategy="raise",
+                dataset_prepared_path=prepared,
+                push_dataset_to_hub=None,
+                skip_prepare_dataset=False,
+                # A step count for the holdout means nothing, but the loaders compute one.
+                max_steps=None,
+            )
+            return (prepare_preference_datasets if self.cfg.rl else prepare_datasets)(run, self.tokenizer)[0]
+
+    def prepare(self, name: str, dataset: Dataset) -> Any:
+        return prepare_like_train(self.trainer, dataset) if self.cfg.rl else dataset
+
+    def why_empty(self, source: Source) -> str:
+        return f"has no rows with a supervised token under `type: {source.entry.type}`"
+
+    def explain(self, error: Exception, source: Source) -> str:
+        return _explain(error, self.cfg)
+
+
+def load_holdout(cfg: DictDefault, config: ICAConfig, tokenizer: Any) -> tuple[str, Dataset]:
+    """(name for messages, rows) of one holdout set, as Axolotl's loaders give them."""
+    return AxolotlHoldout(cfg, tokenizer).dataset(config)
 
 
 def _explain(error: Exception, cfg: DictDefault) -> str:
@@ -116,10 +107,3 @@ def _explain(error: Exception, cfg: DictDefault) -> str:
         "it could not be read the way the run's first dataset is. Give it the same format, or a full dataset entry with its "
         f"own `type`. ({everything})"
     )
-
-
-def _read_holdout(cfg: DictDefault, config: ICAConfig, trainer: Any) -> tuple[str, list[Example]]:
-    source, rows = load_holdout(cfg, config, trainer.processing_class)
-    if cfg.rl:
-        rows = prepare_like_train(trainer, rows)
-    return source, read_examples(rows, trainer.data_collator)

@@ -10,7 +10,7 @@ from axolotl.utils.dict import DictDefault
 from ...run.attach import attach_examples
 from ...versions import warn_if_untested
 from .args import config_of, refuse_unsupported
-from .holdout import _read_holdout
+from .holdout import AxolotlHoldout
 
 
 class ICAPlugin(BasePlugin):
@@ -22,8 +22,8 @@ class ICAPlugin(BasePlugin):
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         warn_if_untested("axolotl")
         refuse_unsupported(cfg)
-        config = config_of(cfg)
-        attach_examples(trainer, config, read_holdout=lambda one: _read_holdout(cfg, one, trainer), moved_rows=_moved_rows(cfg))
+        read_holdout = AxolotlHoldout(cfg, trainer.processing_class, trainer)
+        attach_examples(trainer, config_of(cfg), read_holdout=read_holdout, moved_rows=_moved_rows(cfg))
 
 
 def _moved_rows(cfg: DictDefault) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets, load_preference_datasets
 from axolotl.loaders import load_tokenizer
@@ -19,14 +18,12 @@ from pydantic import ValidationError
 from transformers import AutoConfig
 
 from ...config import parse_config
-from ...data.holdout import check_holdout, joined
-from ...data.read import read_examples
-from ...data.weights_file import read_weights
+from ...data.summary import summary
 from ...errors import ICAError
 from ...run.callback import ICACallback
 from ...versions import warn_if_untested
 from .args import config_of, refuse_unsupported
-from .holdout import load_holdout
+from .holdout import AxolotlHoldout
 
 
 def validate(path: Path) -> dict[str, Any]:
@@ -47,26 +44,13 @@ def validate(path: Path) -> dict[str, Any]:
     config = config_of(cfg)
     tokenizer = load_tokenizer(cfg)
     train = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg).train_dataset
-    found = {"rows": len(train)}
-    if config.weights is not None:
-        weights = read_weights(config.weights, len(train)) if config.weights not in train.column_names else train[config.weights]
-        return {**found, "weights": f"{config.weights}, mean {sum(weights) / len(weights):.3g}"}
-    sets = {name: load_holdout(cfg, one, tokenizer) for name, one in config.sets.items()}
-    found["holdout rows"] = ", ".join(f"{len(rows)} ({source})" for source, rows in sets.values())
-    if not cfg.rl:  # preference rows are tokenised by the trainer, which needs the model
-        model = AutoConfig.from_pretrained(
-            cfg.base_model, revision=cfg.revision_of_model or "main", trust_remote_code=bool(cfg.trust_remote_code)
-        ).get_text_config()
-        context, rows_of_run = getattr(model, "max_position_embeddings", None), read_examples(train, _one_row)
-        holdout = joined(
-            {
-                name: check_holdout(source, read_examples(rows, _one_row), rows_of_run, context)
-                for name, (source, rows) in sets.items()
-            }
-        )
-        found["usable as demonstrations"] = len(holdout.shown)
-        found["train rows that are also in the holdout"] = holdout.rows_in_train
-    return {**found, "block": config.model_dump(exclude_none=True)}
+    load = AxolotlHoldout(cfg, tokenizer)
+    if cfg.rl:  # preference rows are tokenised by the trainer, which needs the model
+        return summary(config, train, load, tokenised=False)
+    model = AutoConfig.from_pretrained(
+        cfg.base_model, revision=cfg.revision_of_model or "main", trust_remote_code=bool(cfg.trust_remote_code)
+    ).get_text_config()
+    return summary(config, train, load, tokenised=True, context=getattr(model, "max_position_embeddings", None))
 
 
 def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, tuple[np.ndarray, int] | None]:
@@ -91,14 +75,18 @@ def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, tuple[np
     cfg.ica = parse_config({**config_of(cfg).model_dump(exclude_unset=True), "weights": None, **changes}).model_dump(
         exclude_unset=True
     )
-    load = load_preference_datasets if cfg.rl else load_datasets
-    data = load(cfg=cfg)
+    data = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg)
     with tempfile.TemporaryDirectory() as folder:
         cfg.output_dir = folder
         trainer, *_ = setup_model_and_trainer(cfg, data)
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ICACallback))
     if len(data.train_dataset) != len(callback.train):
         return callback, None
+    return callback, _places_in_file(cfg, data.train_dataset)
+
+
+def _places_in_file(cfg: DictDefault, train: Any) -> tuple[np.ndarray, int]:
+    """For each train row its place in the data as it lies in the file, −1 where that is unknown; and the number of rows there."""
     with tempfile.TemporaryDirectory() as prepared:
         run = DictDefault(copy.deepcopy(dict(cfg)))
         # As it lies in the file: neither shuffled nor thinned.
@@ -112,17 +100,13 @@ def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, tuple[np
             dataset_prepared_path=prepared,
             push_dataset_to_hub=None,
         )
-        in_file = [_content(row) for row in load(cfg=run).train_dataset]
+        in_file = [_content(row) for row in (load_preference_datasets if cfg.rl else load_datasets)(cfg=run).train_dataset]
     places: dict[str, deque[int]] = {}
     for place, content in enumerate(in_file):
         places.setdefault(content, deque()).append(place)
-    source = [places[content].popleft() if places.get(content := _content(row)) else -1 for row in data.train_dataset]
-    return callback, (np.array(source), len(in_file))
+    source = [places[content].popleft() if places.get(content := _content(row)) else -1 for row in train]
+    return np.array(source), len(in_file)
 
 
 def _content(row: dict[str, Any]) -> str:
     return repr(sorted((key, value) for key, value in row.items() if value is not None))
-
-
-def _one_row(features: list[dict]) -> dict[str, torch.Tensor]:
-    return {key: torch.tensor([features[0][key]]) for key in ("input_ids", "attention_mask", "labels")}

@@ -12,11 +12,7 @@ from ...errors import ICAError
 from ...run.attach import attach_examples
 from ...run.callback import ICACallback
 from ...training.refusals import SHARDED
-from .holdout import _read_holdout
-
-# Stage of a run → the name under which LLaMA-Factory's loader knows its rows.
-STAGES = {"sft": "sft", "dpo": "rm", "kto": "kto"}
-
+from .holdout import STAGES, LlamaFactoryHoldout
 
 PREFERENCE_LOSSES = ("sigmoid", "ipo", "hinge", "orpo", "simpo")
 
@@ -97,9 +93,5 @@ def attach(trainer: Trainer, config: ICAConfig) -> ICACallback:
                 f"the training rows have `{column}`, and ica_plugin cannot score multimodal rows yet. Remove the `ica:` block."
             )
     moved = _renumbering(vars(run.data_args))
-    return attach_examples(
-        trainer,
-        config,
-        read_holdout=lambda one: _read_holdout(trainer, one, run),
-        moved_rows=f"`{moved}` puts them elsewhere" if moved else "",
-    )
+    moved_rows = f"`{moved}` puts them elsewhere" if moved else ""
+    return attach_examples(trainer, config, read_holdout=LlamaFactoryHoldout.of(trainer, run), moved_rows=moved_rows)

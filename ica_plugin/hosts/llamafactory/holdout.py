@@ -8,17 +8,17 @@ import difflib
 import io
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 
-from ...config import ICAConfig
-from ...data.loaders import json_error
-from ...data.read import read_examples
-from ...data.store import Example
+from ...data.loaders import HoldoutLoader, Source, expanded
 from ...errors import ICAError
-from .attach import STAGES
+
+# Stage of a run → the name under which LLaMA-Factory's loader knows its rows.
+STAGES = {"sft": "sft", "dpo": "rm", "kto": "kto"}
 
 # Keys of an entry of dataset_info.json that say where its rows are; the others say how to read them.
 LOCATION_KEYS = {
@@ -34,122 +34,93 @@ LOCATION_KEYS = {
     "num_samples",
 }
 
-
 NO_LIMIT = 1 << 30
 
 
-def _read_holdout(trainer: Trainer, config: ICAConfig, run: Any) -> tuple[str, list[Example]]:
-    """The holdout through LLaMA-Factory's own loader, template and collator; `run` holds the run's arguments."""
-    collator = trainer.data_collator
-    name, rows = load_holdout(
-        config,
-        run.model_args,
-        run.data_args,
-        trainer.args,
-        STAGES[run.finetuning_args.stage],
-        collator.template,
-        {"tokenizer": trainer.processing_class, "processor": collator.processor},
-    )
-    return name, _not_too_long(name, read_examples(rows, collator), run.data_args.cutoff_len)
-
-
-def load_holdout(
-    config: ICAConfig, model_args: Any, data_args: Any, training_args: Any, stage: str, template: Any, tokenizer: dict[str, Any]
-) -> tuple[str, Any]:
-    """Read the holdout through LLaMA-Factory's own loader and template.
+class LlamaFactoryHoldout(HoldoutLoader):
+    """The holdout through LLaMA-Factory's own loader, template and collator.
 
     Args:
-        config: the block.
         model_args, data_args, training_args: the run's.
         stage: as LLaMA-Factory's loader names it.
         template: the run's.
         tokenizer: `tokenizer` and `processor`, as `load_tokenizer` returns them.
-
-    Returns:
-        (name for messages, tokenised rows, never cut or packed).
-
-    Raises:
-        ICAError: the holdout cannot be read as the run's data is.
     """
-    from llamafactory.data import get_dataset
 
-    name, entry = holdout_entry(data_args, config.holdout)
-    data_args = copy.copy(data_args)
-    settings = {
-        "dataset": [name],
-        "eval_dataset": None,
-        "val_size": 0.0,
-        "max_samples": None,
-        "packing": False,
-        "neat_packing": False,
-        "tokenized_path": None,
-        "streaming": False,
-        "mix_strategy": "concat",
-        "cutoff_len": NO_LIMIT,
-    }
-    for key, value in settings.items():
-        setattr(data_args, key, value)
-    with tempfile.TemporaryDirectory() as folder:
-        if entry is not None:
-            (Path(folder) / "dataset_info.json").write_text(json.dumps({name: entry}))
-            data_args.dataset_dir = folder
-        try:
+    def __init__(self, model_args: Any, data_args: Any, training_args: Any, stage: str, template: Any, tokenizer: dict[str, Any]):
+        self.model_args, self.data_args, self.training_args = model_args, data_args, training_args
+        self.stage, self.template, self.tokenizer = stage, template, tokenizer
+        self.limit = "cutoff_len", data_args.cutoff_len
+
+    @classmethod
+    def of(cls, trainer: Trainer, run: Any) -> LlamaFactoryHoldout:
+        """For a trainer that LLaMA-Factory built; `run` holds the run's arguments."""
+        collator = trainer.data_collator
+        tokenizer = {"tokenizer": trainer.processing_class, "processor": collator.processor}
+        stage = STAGES[run.finetuning_args.stage]
+        loader = cls(run.model_args, run.data_args, trainer.args, stage, collator.template, tokenizer)
+        loader.collator = collator
+        return loader
+
+    def find(self, holdout: str | Mapping[str, Any]) -> Source:
+        """A name in dataset_info.json, a path in the format of the run's first dataset, or an entry as in dataset_info.json."""
+        known, dataset_dir = _dataset_info(self.data_args.dataset_dir), self.data_args.dataset_dir
+        if isinstance(holdout, str) and holdout in known:
+            return Source(holdout, None)
+        first = known.get(self.data_args.dataset[0], {}) if self.data_args.dataset else {}
+        reading = {key: value for key, value in first.items() if key not in LOCATION_KEYS}
+        if isinstance(holdout, str):
+            path = Path(holdout).expanduser()
+            if not path.exists():
+                near = difflib.get_close_matches(holdout, known, n=1)
+                hint = f" Did you mean `{near[0]}`?" if near else ""
+                raise ICAError(
+                    f"ica.holdout: {holdout} is neither a dataset in {dataset_dir}/dataset_info.json nor a file (looked for "
+                    f"{path.absolute()}).{hint}"
+                )
+            return Source(holdout, {**reading, "file_name": str(path.absolute())}, path)
+        entry = dict(holdout) if {"formatting", "columns"} & holdout.keys() else {**reading, **holdout}
+        name, file = str(next((entry[key] for key in entry if key in LOCATION_KEYS), "holdout")), None
+        if "file_name" in entry:
+            folder = Path(dataset_dir) if isinstance(dataset_dir, str) else Path()
+            file = folder / expanded(entry["file_name"])
+            if not file.exists():
+                raise ICAError(f"ica.holdout: {entry['file_name']}: no such file or folder (looked for {file.absolute()}).")
+            entry["file_name"] = str(file.absolute())
+        return Source(name, entry, file)
+
+    def read(self, source: Source) -> Any:
+        """Tokenised rows, never cut or packed."""
+        from llamafactory.data import get_dataset
+
+        data_args = copy.copy(self.data_args)
+        settings = {
+            "dataset": [source.name],
+            "eval_dataset": None,
+            "val_size": 0.0,
+            "max_samples": None,
+            "packing": False,
+            "neat_packing": False,
+            "tokenized_path": None,
+            "streaming": False,
+            "mix_strategy": "concat",
+            "cutoff_len": NO_LIMIT,
+        }
+        for key, value in settings.items():
+            setattr(data_args, key, value)
+        arguments = (self.template, self.model_args, data_args, self.training_args)
+        with tempfile.TemporaryDirectory() as folder:
+            if source.entry is not None:
+                (Path(folder) / "dataset_info.json").write_text(json.dumps({source.name: source.entry}))
+                data_args.dataset_dir = folder
             with contextlib.redirect_stdout(io.StringIO()):  # the loader prints its first row as a "training example"
-                return name, get_dataset(template, model_args, data_args, training_args, stage=stage, **tokenizer)[
-                    "train_dataset"
-                ]
-        except Exception as error:
-            malformed = json_error(entry.get("file_name", "")) if entry else None
-            if malformed:
-                raise ICAError(f"ica.holdout: malformed json: {malformed}. Correct or remove that line.") from error
-            raise ICAError(
-                f"ica.holdout: {name}: LLaMA-Factory cannot read it as the run's data: {type(error).__name__}: {error}. Give rows in "
-                "the format of the run's first dataset, or a name or an entry as in dataset_info.json."
-            ) from error
+                return get_dataset(*arguments, stage=self.stage, **self.tokenizer)["train_dataset"]
 
-
-def _not_too_long(name: str, examples: list[Example], limit: int) -> list[Example]:
-    too_long = [row for row, example in enumerate(examples) if example.longest > limit]
-    if too_long:
-        raise ICAError(
-            f"ica.holdout: {name}: {len(too_long)} row(s) are longer than cutoff_len ({limit}), first row {too_long[0]} with "
-            f"{examples[too_long[0]].longest} tokens. Shorten or remove them, or raise cutoff_len."
+    def explain(self, error: Exception, source: Source) -> str:
+        return (
+            f"LLaMA-Factory cannot read it as the run's data: {type(error).__name__}: {error}. Give rows in the format of the run's "
+            "first dataset, or a name or an entry as in dataset_info.json."
         )
-    return examples
-
-
-def holdout_entry(data_args: Any, holdout: str | dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
-    """The holdout as a name in dataset_info.json.
-
-    Args:
-        data_args: the run's.
-        holdout: such a name, a path in the format of the run's first dataset, or an entry as in dataset_info.json.
-
-    Returns:
-        (name, None) for a name that is there, else (name, entry) with an entry to add.
-
-    Raises:
-        ICAError: neither a name nor a file.
-    """
-    known = _dataset_info(data_args.dataset_dir)
-    if isinstance(holdout, str) and holdout in known:
-        return holdout, None
-    first = known.get(data_args.dataset[0], {}) if data_args.dataset else {}
-    reading = {key: value for key, value in first.items() if key not in LOCATION_KEYS}
-    if isinstance(holdout, str):
-        path = Path(holdout).expanduser()
-        if not path.exists():
-            near = difflib.get_close_matches(holdout, known, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
-            raise ICAError(
-                f"ica.holdout: {holdout} is neither a dataset in {data_args.dataset_dir}/dataset_info.json nor a file (looked for "
-                f"{path.absolute()}).{hint}"
-            )
-        return holdout, {**reading, "file_name": str(path.absolute())}
-    entry = dict(holdout) if {"formatting", "columns"} & holdout.keys() else {**reading, **holdout}
-    if "file_name" in entry and isinstance(data_args.dataset_dir, str):
-        entry["file_name"] = str((Path(data_args.dataset_dir) / entry["file_name"]).absolute())
-    return str(next((entry[key] for key in entry if key in LOCATION_KEYS), "holdout")), entry
 
 
 def _dataset_info(dataset_dir: str | dict[str, Any]) -> dict[str, Any]:

@@ -8,19 +8,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from transformers import AutoConfig, Trainer
 
 from ...config import parse_config
-from ...data.holdout import check_holdout, joined
-from ...data.read import read_examples
-from ...data.weights_file import read_weights
+from ...data.summary import summary
 from ...errors import ICAError
 from ...run.callback import ICACallback
 from ...versions import warn_if_untested
-from .attach import STAGES, attach, refuse_unsupported
-from .holdout import _not_too_long, load_holdout
+from .attach import attach, refuse_unsupported
+from .holdout import STAGES, LlamaFactoryHoldout
 
 
 def validate(path: Path) -> dict[str, Any]:
@@ -49,33 +46,11 @@ def validate(path: Path) -> dict[str, Any]:
             train = get_dataset(template, model_args, data_args, training_args, stage=stage, **tokenizer)["train_dataset"]
     except Exception as error:  # its own checks raise many types
         raise ICAError(f"LLaMA-Factory refuses the config or its data: {type(error).__name__}: {error}") from error
-    found: dict[str, Any] = {"rows": len(train)}
-    if config.weights is not None:
-        weights = read_weights(config.weights, len(train))
-        return {**found, "weights": f"{config.weights}, mean {sum(weights) / len(weights):.3g}"}
-    sets = {
-        name: load_holdout(one, model_args, data_args, training_args, stage, template, tokenizer)
-        for name, one in config.sets.items()
-    }
+    load = LlamaFactoryHoldout(model_args, data_args, training_args, stage, template, tokenizer)
     model = AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=model_args.trust_remote_code
     ).get_text_config()
-    context, rows_of_run = getattr(model, "max_position_embeddings", None), read_examples(train, _one_row)
-    holdout = joined(
-        {
-            name: check_holdout(
-                source, _not_too_long(source, read_examples(rows, _one_row), data_args.cutoff_len), rows_of_run, context
-            )
-            for name, (source, rows) in sets.items()
-        }
-    )
-    return {
-        **found,
-        "holdout rows": ", ".join(f"{len(rows)} ({source})" for source, rows in sets.values()),
-        "usable as demonstrations": len(holdout.shown),
-        "train rows that are also in the holdout": holdout.rows_in_train,
-        "block": config.model_dump(exclude_none=True),
-    }
+    return summary(config, train, load, tokenised=True, context=getattr(model, "max_position_embeddings", None))
 
 
 def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, None]:
@@ -119,7 +94,3 @@ def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, None]:
             "LLaMA-Factory ended without handing its trainer to transformers' `train()`; please report the config and its version."
         )
     return found[0], None
-
-
-def _one_row(features: list[dict[str, Any]]) -> dict[str, Any]:
-    return {key: torch.tensor([value]) for key, value in features[0].items() if value is not None}

@@ -10,6 +10,7 @@ import tiny
 from harness import load_config, write_config
 from ica_plugin.hosts.axolotl.args import config_of
 from ica_plugin.hosts.axolotl.holdout import load_holdout
+from leaks import check_no_leak, entry_with_every_key
 
 RNG = random.Random(0)
 ROWS = [{"instruction": tiny.sentence(RNG), "input": "", "output": tiny.sentence(RNG)} for _ in range(5)]
@@ -64,3 +65,21 @@ def test_an_entry_without_a_type_is_read_as_the_first_dataset(load, tmp_path):
     train = [{"path": str(tmp_path / "train.jsonl"), **ALPACA}]
     path = str(write(tmp_path, ".jsonl"))
     assert load({"path": path, "split": "train[:3]"}, datasets=train) == load(path, datasets=train)[:3]
+
+
+def test_a_home_is_expanded(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train = [{"path": str(tmp_path / "train.jsonl"), **ALPACA}]
+    path = write(tmp_path, ".jsonl")
+    assert (
+        load("~/good.jsonl", datasets=train) == load({"path": "~/good.jsonl"}, datasets=train) == load(str(path), datasets=train)
+    )
+    assert load({"path": "json", "data_files": ["~/good.jsonl"]}, datasets=train) == load(str(path), datasets=train)
+
+
+def test_no_key_of_an_entry_leaks():
+    from axolotl.utils.schemas import datasets as schemas
+
+    models = (schemas.SFTDataset, schemas.DPODataset, schemas.KTODataset, schemas.StepwiseSupervisedDataset)
+    keys = {key for model in models for key in model.model_fields}
+    assert len(keys) > 20 and {"path", "split", "type"} <= check_no_leak(entry_with_every_key(sorted(keys))).keys()

@@ -17,7 +17,9 @@ from checks import (
 from ica_plugin.config import parse_config
 from ica_plugin.errors import ICAError
 from ica_plugin.hosts.llamafactory.attach import attach
+from ica_plugin.hosts.llamafactory.holdout import LOCATION_KEYS
 from ica_plugin.hosts.llamafactory.launch import run_exp
+from leaks import check_no_leak, entry_with_every_key
 from llamafactory_harness import LORA, Maker, dataset_entry, kto_rows
 
 ROWS = {
@@ -204,3 +206,23 @@ def test_weights_from_a_file_and_from_a_column(make, tmp_path):
     trainer.train()
     with pytest.raises(ICAError, match="no such column"):  # LLaMA-Factory drops every column it does not know
         make("sft")(ica={"weights": "quality"})
+
+
+def test_a_home_is_expanded(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    maker = make("sft")
+    path = tiny.write_jsonl(tmp_path / "elsewhere.jsonl", maker.holdout)
+    expected = holdout_tokens(maker(ica={"holdout": str(path)}))
+    assert holdout_tokens(maker(ica={"holdout": "~/elsewhere.jsonl"})) == expected
+    assert holdout_tokens(maker(ica={"holdout": {"file_name": "~/elsewhere.jsonl"}})) == expected
+    with pytest.raises(ICAError, match="ica.holdout: ~/nowhere.jsonl: no such file"):
+        maker(ica={"holdout": {"file_name": "~/nowhere.jsonl"}})
+
+
+def test_no_key_of_an_entry_leaks():
+    from dataclasses import fields
+
+    from llamafactory.data.parser import DatasetAttr
+
+    keys = [field.name for field in fields(DatasetAttr)] + sorted(LOCATION_KEYS) + ["columns", "tags"]
+    assert {"file_name", "hf_hub_url", "subset"} <= check_no_leak(entry_with_every_key(keys)).keys()

@@ -1,0 +1,47 @@
+"""What `ica-plugin validate` says of a config: the same for every host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import ICAConfig
+from .holdout import check_holdout, joined
+from .loaders import HoldoutLoader
+from .public import public_block
+from .read import one_row, read_examples
+from .weights_file import read_weights
+
+
+def summary(config: ICAConfig, train: Any, load: HoldoutLoader, *, tokenised: bool, context: int | None = None) -> dict[str, Any]:
+    """Check the block, the train rows and the holdout without a model.
+
+    Args:
+        config: the block.
+        train: the host's train rows, `datasets.Dataset`.
+        load: the host's loader.
+        tokenised: whether the host tokenises its rows before there is a trainer; if not, rows are counted alone.
+        context: the model's context in tokens, None if unlimited.
+
+    Returns:
+        what was found, by name.
+
+    Raises:
+        ICAError: what is wrong.
+    """
+    found: dict[str, Any] = {"rows": len(train)}
+    if config.weights is not None:
+        column = config.weights in train.column_names
+        weights = train[config.weights] if column else read_weights(config.weights, len(train))
+        return {**found, "weights": f"{config.weights}, mean {sum(weights) / len(weights):.3g}"}
+    sets = {name: load.dataset(one) for name, one in config.sets.items()}
+    found["holdout rows"] = ", ".join(f"{len(rows)} ({source})" for source, rows in sets.values())
+    if tokenised:
+        rows_of_run = read_examples(train, one_row)
+        checked = {
+            name: check_holdout(source, load.examples(source, rows, one_row), rows_of_run, context)
+            for name, (source, rows) in sets.items()
+        }
+        holdout = joined(checked)
+        found["usable as demonstrations"] = len(holdout.shown)
+        found["train rows that are also in the holdout"] = holdout.rows_in_train
+    return {**found, "block": {key: value for key, value in public_block(config).items() if value is not None}}
