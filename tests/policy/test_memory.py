@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,3 +91,72 @@ def test_scoring_holds_no_tensor_afterwards(path):
     engine.logprobs(sequences)
     engine.embeddings([s.tokens for s in sequences])
     assert held() <= before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input."),
+        RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."
+        ),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."
+        ),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB, max allowed: 18.13 GB). Tried to allocate 1.50 GB."),
+        RuntimeError("Invalid buffer size: 24.00 GB"),
+        RuntimeError("XPU out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+        RuntimeError("NPU out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        MemoryError("std::bad_alloc"),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_out_of_memory_in_any_words_halves_and_goes_on(error, monkeypatch):
+    model = make_model().eval()
+    engine = engine_with(model, "padded")
+    sequences = rows(6)
+    run = engine.path.token_logprobs
+
+    def small(batch):
+        if len(batch) > 5:
+            raise error
+        return run(batch)
+
+    monkeypatch.setattr(engine.path, "token_logprobs", small)
+    np.testing.assert_allclose(engine.logprobs(sequences), one_at_a_time(model, sequences), atol=2e-4)
+    assert engine.budget.tokens < 4096
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("out of memory"), KeyError("bad_alloc")])
+def test_other_errors_are_raised_as_they_are(error, monkeypatch):
+    engine = engine_with(make_model().eval(), "padded")
+
+    def fails(batch):
+        raise error
+
+    monkeypatch.setattr(engine.path, "token_logprobs", fails)
+    with pytest.raises(type(error)) as caught:
+        engine.logprobs(rows(3))
+    assert caught.value is error
+
+
+def test_caches_of_any_device_are_emptied(monkeypatch):
+    emptied = []
+    fake = SimpleNamespace(
+        is_initialized=lambda: True,
+        empty_cache=lambda: emptied.append("npu"),
+        get_rng_state=None,
+        get_rng_state_all=lambda: [],
+        set_rng_state_all=lambda states: None,
+    )
+    engine = engine_with(make_model().eval(), "padded")
+    monkeypatch.setattr(torch, "npu", fake, raising=False)
+    engine.logprobs(rows(1))
+    assert emptied

@@ -202,3 +202,29 @@ def test_prompt_tuning_is_refused():
     model = get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(ICAError, match="virtual tokens"):
         Engine(model, device=CPU)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["segments", "dense"])
+def test_a_tree_of_a_single_path_passes_no_mask(path):
+    """SDPA has its fastest kernels for plain causal attention, and takes none of them beside a mask."""
+    model = make_model().eval()
+    taken, masks = PackedPath(model, model, CPU, path), []
+    model.register_forward_pre_hook(lambda module, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True)
+    tokens = np.random.default_rng(0).integers(3, 512, size=9)
+    nested = [Sequence(tokens[:n], np.arange(n) >= 3) for n in (5, 9)]  # one begins the other: still a path
+    other = Sequence(np.concatenate([tokens[:4], tokens[:3]]), np.arange(7) >= 3)
+    layer = model.model.layers[0].self_attn
+    seen: list[str] = []
+    layer.register_forward_pre_hook(lambda module, args: seen.append(module.config._attn_implementation))
+    for sequences, branches in (
+        (nested[:1], False),
+        (nested, False),
+        (sorted([*nested, other], key=lambda s: s.tokens.tolist()), True),
+    ):
+        masks.clear()
+        seen.clear()
+        values = [float(v.sum()) for v in taken.token_logprobs(sequences)]
+        assert (masks[-1] is not None) == (branches and path == "dense")
+        assert seen[-1] == (packed.TREE_ATTENTION if branches and path == "segments" else "sdpa")
+        np.testing.assert_allclose(values, one_at_a_time(model, sequences), atol=1e-4)

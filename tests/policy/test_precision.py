@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from engines import CPU, rows
@@ -34,3 +36,30 @@ def test_dropout_is_off_while_scoring():
     model = make_model(attention_dropout=0.5).train()
     engine = Engine(model, device=CPU)
     assert np.array_equal(engine.logprobs(rows(4)), engine.logprobs(rows(4)))
+
+
+@pytest.mark.parametrize("name", ["npu", "mps"])
+def test_random_states_of_other_devices_are_put_back(name, monkeypatch):
+    """`torch.manual_seed`, as the holdout adapter calls it, seeds every device."""
+    state = ["as the run left it"]
+
+    def restore(value):
+        state[0] = value
+
+    if name == "mps":  # one device, without `_all`
+        fake = SimpleNamespace(is_available=lambda: True, get_rng_state=lambda: state[0], set_rng_state=restore)
+    else:
+        fake = SimpleNamespace(
+            is_initialized=lambda: True,
+            get_rng_state=None,
+            get_rng_state_all=lambda: state[0],
+            set_rng_state_all=restore,
+        )
+    engine = Engine(make_model().train(), device=CPU)
+    monkeypatch.setattr(torch, name, fake, raising=False)
+    with engine.undisturbed():
+        with engine.undisturbed(gradient=True):
+            assert torch.is_grad_enabled() and not engine.model.training
+            state[0] = "seeded"
+        assert not torch.is_grad_enabled() and state[0] == "seeded"
+    assert state[0] == "as the run left it" and engine.model.training
