@@ -48,19 +48,7 @@ def read_weights(path: str, rows: int, tokens: np.ndarray | None = None, moved_r
     except (TypeError, ValueError):
         raise ICAError(f"{where}: column `weight` must hold numbers, found {frame['weight'].dtype}.") from None
     if "refresh" in table.column_names:
-        order = np.lexsort((table["refresh"].to_numpy(zero_copy_only=False), index))
-        last = np.append(index[order][1:] != index[order][:-1], True)
-        index, weight = index[order][last], weight[order][last]
-        if tokens is not None and "tokens" in table.column_names:
-            counted = table["tokens"].to_numpy(zero_copy_only=False)[order][last]
-            inside = (index >= 0) & (index < rows)
-            other = index[inside][counted[inside] != tokens[index[inside]]]
-            if len(other):
-                raise ICAError(
-                    f"{where}: it was scored for other rows, or for these in another order: {len(other)} of {rows} rows have another "
-                    f"number of supervised tokens, first row {other[0]}. Score this config: `ica-plugin score <config> --out "
-                    "scores.parquet`."
-                )
+        index, weight = _last_of_each_row(table, index, weight, rows, tokens, where)
     elif moved_rows:
         get_logger().warning(
             "%s: `row` counts the trainer's rows, not those of the data file: %s. A file of `ica-plugin score` has both, as `row` and "
@@ -80,6 +68,26 @@ def read_weights(path: str, rows: int, tokens: np.ndarray | None = None, moved_r
     result = np.empty(rows)
     result[index] = weight
     return check_weights(result, where)
+
+
+def _last_of_each_row(
+    table: pa.Table, index: np.ndarray, weight: np.ndarray, rows: int, tokens: np.ndarray | None, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, weights) of the last refresh of each row of a run's scores; raises ICAError where they are scores of other rows."""
+    order = np.lexsort((table["refresh"].to_numpy(zero_copy_only=False), index))
+    order = order[np.append(index[order][1:] != index[order][:-1], True)]
+    index, weight = index[order], weight[order]
+    if tokens is not None and "tokens" in table.column_names:
+        counted = table["tokens"].to_numpy(zero_copy_only=False)[order]
+        inside = (index >= 0) & (index < rows)
+        other = index[inside][counted[inside] != tokens[index[inside]]]
+        if len(other):
+            raise ICAError(
+                f"{where}: it was scored for other rows, or for these in another order: {len(other)} of {rows} rows have another "
+                f"number of supervised tokens, first row {other[0]}. Score this config: `ica-plugin score <config> --out "
+                "scores.parquet`."
+            )
+    return index, weight
 
 
 def check_weights(weights: Any, where: str) -> np.ndarray:
