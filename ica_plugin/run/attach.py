@@ -88,7 +88,7 @@ def _given_weights(
 ) -> np.ndarray:
     """The weight of each example, float64 [examples]: the array `weights`, or what the block's `weights` names."""
     dataset, examples = trainer.train_dataset, len(train)
-    if weights is None and config.weights not in dataset.column_names:
+    if weights is None and config.weights is not None and config.weights not in dataset.column_names:
         if not Path(config.weights).suffix:
             raise ICAError(
                 f"ica.weights: {config.weights}: the train dataset has no such column, only {dataset.column_names}. Give one "

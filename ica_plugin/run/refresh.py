@@ -58,8 +58,8 @@ class Refresh:
         if self.budgeted is not None:
             self.budgeted.allowance.open(self.scoring.trainer.state.global_step, until)
         columns = self._score(self._ranks.share(rows) if shared else rows)
-        if len(columns["row"]):
-            weights = self._weigh(columns)
+        weights = self._weigh(columns) if len(columns["row"]) else None
+        if weights is not None:
             self.state.give(columns["row"], weights.values, columns["scored"], columns["score"])
             if self._ranks.is_main:
                 self.files.add_scores(self._written(columns, weights))
@@ -68,7 +68,7 @@ class Refresh:
             self.budgeted.allowance.close()
         seconds = time.monotonic() - begin
         self._clock.scored(seconds)
-        if len(columns["row"]):
+        if weights is not None:
             self._tell(columns, weights, seconds)
             self.state.counts.refreshes += 1
 
@@ -78,7 +78,8 @@ class Refresh:
             self._find_demonstrations()
         parts = self._ranks.all(lambda: self._score_all(mine) if self.budgeted is None else self._score_within_budget(mine))
         if self.budgeted is not None:
-            for shown in [part.pop("demos") for part in parts]:
+            for part in parts:
+                shown: Any = part.pop("demos")
                 self.state.show(list(shown), list(shown.values()))
         index, first = np.unique(np.concatenate([part["row"] for part in parts]), return_index=True)
         if len(index) == 0:

@@ -140,6 +140,7 @@ class GradientInjection:
         return output
 
     def _fit(self, value: torch.Tensor) -> torch.Tensor:
+        assert self._weights is not None  # inside `scaling`
         weights, rows = self._weights, value.shape[0]
         if weights.dim() == 1 and rows == len(weights):
             return weights
