@@ -57,7 +57,7 @@ class Engine:
         budget: Budget | None = None,
     ):
         adapter = getattr(model, "active_peft_config", None)
-        if getattr(adapter, "is_prompt_learning", False):
+        if adapter is not None and getattr(adapter, "is_prompt_learning", False):
             raise ICAError(
                 f"{adapter.peft_type.value} adapters are not supported by ica_plugin: their virtual tokens stand before every row. Use LoRA."
             )
@@ -135,7 +135,7 @@ class Engine:
         Returns:
             float32 [n, H].
         """
-        result: list[np.ndarray | None] = [None] * len(prompts)
+        result: list[np.ndarray] = [np.empty(0)] * len(prompts)
         path = self.path
 
         def work(index: list[int]) -> None:

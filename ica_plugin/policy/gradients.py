@@ -81,5 +81,7 @@ def mean_gradient(gradients: Iterator[list[torch.Tensor] | None], rows: int) -> 
     """The gradient of the mean loss of `rows` rows, all of which can be scored, from `row_gradients` of them."""
     total: list[torch.Tensor] | None = None
     for gradient in gradients:
+        assert gradient is not None
         total = gradient if total is None else [t.add_(g) for t, g in zip(total, gradient, strict=True)]
+    assert total is not None
     return [t / rows for t in total]

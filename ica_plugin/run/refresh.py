@@ -78,7 +78,8 @@ class Refresh:
             self._find_demonstrations()
         parts = self._ranks.all(lambda: self._score_all(mine) if self.budgeted is None else self._score_within_budget(mine))
         if self.budgeted is not None:
-            for shown in [part.pop("demos") for part in parts]:
+            for part in parts:
+                shown: Any = part.pop("demos")
                 self.state.show(list(shown), list(shown.values()))
         index, first = np.unique(np.concatenate([part["row"] for part in parts]), return_index=True)
         if len(index) == 0:

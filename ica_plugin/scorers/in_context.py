@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,7 @@ def ica_scores(
     engine: Engine,
     examples: list[Example],
     demonstrations: list[list[int]],
-    holdout: list[Example],
+    holdout: SequenceOf[Example],
     *,
     length_normalize: bool,
     progress: Progress = lambda done: None,

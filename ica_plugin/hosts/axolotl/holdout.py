@@ -91,9 +91,10 @@ def load_holdout(cfg: DictDefault, config: ICAConfig, tokenizer: Any) -> tuple[s
 
 def _explain(error: Exception, cfg: DictDefault) -> str:
     text = f"{type(error).__name__}: {error}"
-    causes = [text]
-    while (error := error.__cause__ or error.__context__) is not None:
-        causes.append(f"{type(error).__name__}: {error}")
+    causes, cause = [text], error.__cause__ or error.__context__
+    while cause is not None:
+        causes.append(f"{type(cause).__name__}: {cause}")
+        cause = cause.__cause__ or cause.__context__
     everything = " | ".join(dict.fromkeys(causes))
     lowered = everything.lower()
     if "sequence_len" in lowered or "longer than" in lowered or "exceeds" in lowered:
