@@ -7,8 +7,8 @@ from collections import deque
 import numpy as np
 
 # What the policy says of a row grows old, so half are the newest; the others keep what was scored long ago from being forgotten.
-NEWEST = 2048
-SAMPLED = 2048
+NEWEST = 1024
+SAMPLED = 1024
 
 
 class Pool:
