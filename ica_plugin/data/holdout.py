@@ -83,7 +83,7 @@ def check_holdout(source: str, examples: Iterable[Example], train: Iterable[Exam
 
 def _hidden_from(train: Rows, examples: Rows, usable: list[int]) -> list[frozenset[int]]:
     """For each train row the holdout rows whose demonstration is one of its sequences."""
-    hidden = [frozenset()] * len(train)
+    hidden: list[frozenset[int]] = [frozenset()] * len(train)
     by_digest: dict[str, list[int]] = {}
     for index in usable:
         by_digest.setdefault(examples[index].demonstration.digest, []).append(index)
@@ -103,7 +103,7 @@ def joined(sets: dict[str, Holdout]) -> Holdout:
         name, alone = next(iter(sets.items()))
         return replace(alone, sets={name: alone.shown})
     by_name: dict[str, list[int]] = {}
-    hidden = [frozenset()] * len(next(iter(sets.values())).hidden_from)
+    hidden: list[frozenset[int]] = [frozenset()] * len(next(iter(sets.values())).hidden_from)
     start = 0
     for name, part in sets.items():
         by_name[name] = [start + index for index in part.shown]

@@ -193,7 +193,7 @@ class Rows(collections.abc.Sequence[Example]):
     @property
     def can_be_scored(self) -> np.ndarray:
         """bool [n]: every sequence of the row has a supervised token."""
-        return (self._supervised > 0).all(axis=1)
+        return np.asarray((self._supervised > 0).all(axis=1))
 
     @property
     def supervised(self) -> np.ndarray:
@@ -210,17 +210,18 @@ class Rows(collections.abc.Sequence[Example]):
         """A hash of all rows in their order: tokens, masks, what is desirable. Equal rows give equal digests, however they are held."""
         tokens, scored = (hashlib.blake2b(digest_size=16) for _ in range(2))
         for flat in self._blocks():
-            tokens.update(np.ascontiguousarray(self._tokens[flat], "<i4"))
-            scored.update(np.ascontiguousarray(self._scored[flat], bool))
+            tokens.update(np.ascontiguousarray(self._tokens[flat], "<i4").data)
+            scored.update(np.ascontiguousarray(self._scored[flat], bool).data)
         whole = hashlib.blake2b(digest_size=16)
-        for part in (self.kind.encode(), tokens.digest(), scored.digest(), self.lengths.astype("<i8"), self.desirable):
-            whole.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
+        lengths, desirable = self.lengths.astype("<i8").tobytes(), self.desirable.tobytes()
+        for part in (self.kind.encode(), tokens.digest(), scored.digest(), lengths, desirable):
+            whole.update(part)
         return whole.hexdigest()
 
     def _blocks(self) -> Iterator[slice]:
         """Parts of the flat arrays that hold these rows, in order."""
         if self._picked is None:
-            spans = [(int(self._starts[0]), int(self._starts[-1]))] if len(self) else []
+            spans: Iterable[tuple[int, int]] = [(int(self._starts[0]), int(self._starts[-1]))]
         else:
             firsts = self._picked * self._sides
             spans = zip(self._starts[firsts].tolist(), self._starts[firsts + self._sides].tolist(), strict=True)

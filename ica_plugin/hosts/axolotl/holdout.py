@@ -89,11 +89,11 @@ def load_holdout(cfg: DictDefault, config: ICAConfig, tokenizer: Any) -> tuple[s
     return AxolotlHoldout(cfg, tokenizer).dataset(config)
 
 
-def _explain(error: Exception, cfg: DictDefault) -> str:
-    text = f"{type(error).__name__}: {error}"
-    causes = [text]
-    while (error := error.__cause__ or error.__context__) is not None:
-        causes.append(f"{type(error).__name__}: {error}")
+def _explain(error: BaseException | None, cfg: DictDefault) -> str:
+    causes, cause = [], error
+    while cause is not None:
+        causes.append(f"{type(cause).__name__}: {cause}")
+        cause = cause.__cause__ or cause.__context__
     everything = " | ".join(dict.fromkeys(causes))
     lowered = everything.lower()
     if "sequence_len" in lowered or "longer than" in lowered or "exceeds" in lowered:
