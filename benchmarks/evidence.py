@@ -34,7 +34,7 @@ from ica_plugin import attach
 from ica_plugin.config import parse_config
 from ica_plugin.expression import parse_score, parts_of
 from ica_plugin.scorers import scores_for, total_score
-from ica_plugin.tools.audit import auroc
+from ica_plugin.tools.measures import auroc
 from ica_plugin.weighting.weights import weights_from_scores
 from scoring import machine_name
 

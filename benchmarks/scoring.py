@@ -33,7 +33,7 @@ from ica_plugin.data.store import Example, Sequence
 from ica_plugin.policy.engine import Engine
 from ica_plugin.policy.memory import Budget, budget_for
 from ica_plugin.policy.trees import grow
-from ica_plugin.scorers.ica import in_context
+from ica_plugin.scorers.in_context import in_context
 from ica_plugin.weighting.retrieval import retrieve
 
 K = 3

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -117,6 +119,25 @@ def test_nothing_is_too_large_to_read_at_once():
                 if lines > limit:
                     wrong.append(f"{place(name, node.lineno)} {kind} {node.name} has {lines} lines, at most {limit}")
     assert not wrong, "\n".join(["one concern in one place", *sorted(wrong)])
+
+
+def test_test_modules_have_names_of_their_own():
+    """pytest imports them by that name alone."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
+    assert not [name for name, count in names.items() if count > 1]
+
+
+def test_pages_name_files_that_are_there():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    wrong = [
+        f"{page.relative_to(ROOT)} names {path}"
+        for page in pages
+        for path in re.findall(
+            r"(?<![\w/.-])(?:tests|ica_plugin|benchmarks|demo|docs|example_configs)/[\w/.-]+\.\w+", page.read_text("utf-8")
+        )
+        if not (ROOT / path).exists() and not (page.parent / path).exists()
+    ]
+    assert not wrong, "\n".join(sorted(wrong))
 
 
 STARTS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ica_plugin.errors import ICAError
-from ica_plugin.run.state import STATE_FILE
+from ica_plugin.run.checkpoint import STATE_FILE
 from runs import build, run
 
 ROOT = Path(__file__).parents[1]

@@ -78,10 +78,10 @@ def _line_by_line(batch: Mapping[str, Any], found: list[Example], expected: list
         return None
     lines = [row.sequences[side] for side in (0, 1) for row in found]
     wanted = [(place, row.sequences[side]) for place, row in enumerate(expected) for side in (0, 1)]
-    candidates = [{place for place, sequence in wanted if part(line, sequence)} for line in lines]
-    if any(len(places) != 1 for places in candidates):
+    possible = [{place for place, sequence in wanted if part(line, sequence)} for line in lines]
+    if any(len(places) != 1 for places in possible):
         return None
-    order = np.array([places.pop() for places in candidates])
+    order = np.array([places.pop() for places in possible])
     return order if (np.bincount(order, minlength=len(expected)) == 2).all() else None
 
 

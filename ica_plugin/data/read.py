@@ -48,7 +48,7 @@ def read_examples(dataset: Any, collator: Collator) -> Rows:
 def _with_mask(batch: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The batch of one row with a 2-D attention mask, where the collator made none (padding-free) or a 4-D one."""
     mask = batch.get("attention_mask")
-    if "input_ids" not in batch or "input_ids" not in row or getattr(mask, "ndim", 0) == 2:
+    if "input_ids" not in batch or "input_ids" not in row or (isinstance(mask, torch.Tensor) and mask.dim() == 2):
         return batch
     return {**batch, "attention_mask": torch.arange(batch["input_ids"].shape[1])[None] < len(row["input_ids"])}
 

@@ -67,15 +67,13 @@ class RowIdCollator:
             sizes = [1] * len(ids) if lines == len(ids) else [len(ids)]
         packed = iter([self._packed_row(row) for row in ids])
         by_line = zip(batch["input_ids"].cpu().numpy(), sizes, strict=True)
-        found = []
-        for line, size in by_line:
-            of_line = ids_of_line(line, [next(packed) for _ in range(size)])
-            if of_line is None:
-                raise ICAError(
-                    "the packed batch does not hold its rows one after the other, so weights cannot be matched to tokens. "
-                    "Switch sample packing off."
-                )
-            found.append(of_line)
+        lines_found = [ids_of_line(line, [next(packed) for _ in range(size)]) for line, size in by_line]
+        found = [each for each in lines_found if each is not None]
+        if len(found) < len(lines_found):
+            raise ICAError(
+                "the packed batch does not hold its rows one after the other, so weights cannot be matched to tokens. "
+                "Switch sample packing off."
+            )
         return np.stack(found)
 
     def _packed_row(self, ids: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +128,7 @@ def digest_of_ids(row_ids: Iterable[Any]) -> str:
     """A hash of what `row_ids_of` returns: ranks that train together number their rows alike."""
     whole = hashlib.blake2b(digest_size=16)
     for ids in row_ids:
-        whole.update(np.append(np.atleast_1d(ids), -2).astype("<i8").tobytes())  # -2 ends a row; no id is that
+        whole.update(np.append(np.atleast_1d(ids), -2).astype("<i8").data)  # -2 ends a row; no id is that
     return whole.hexdigest()
 
 

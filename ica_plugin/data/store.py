@@ -193,7 +193,7 @@ class Rows(collections.abc.Sequence[Example]):
     @property
     def can_be_scored(self) -> np.ndarray:
         """bool [n]: every sequence of the row has a supervised token."""
-        return np.asarray((self._supervised > 0).all(axis=1))
+        return np.all(self._supervised > 0, axis=1)
 
     @property
     def supervised(self) -> np.ndarray:
@@ -213,15 +213,14 @@ class Rows(collections.abc.Sequence[Example]):
             tokens.update(np.ascontiguousarray(self._tokens[flat], "<i4").data)
             scored.update(np.ascontiguousarray(self._scored[flat], bool).data)
         whole = hashlib.blake2b(digest_size=16)
-        lengths, desirable = self.lengths.astype("<i8").tobytes(), self.desirable.tobytes()
-        for part in (self.kind.encode(), tokens.digest(), scored.digest(), lengths, desirable):
-            whole.update(part)
+        for part in (self.kind.encode(), tokens.digest(), scored.digest(), self.lengths.astype("<i8"), self.desirable):
+            whole.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else part)
         return whole.hexdigest()
 
     def _blocks(self) -> Iterator[slice]:
         """Parts of the flat arrays that hold these rows, in order."""
         if self._picked is None:
-            spans: Iterable[tuple[int, int]] = [(int(self._starts[0]), int(self._starts[-1]))]
+            spans: Iterable[tuple[int, int]] = [(int(self._starts[0]), int(self._starts[-1]))] if len(self) else []
         else:
             firsts = self._picked * self._sides
             spans = zip(self._starts[firsts].tolist(), self._starts[firsts + self._sides].tolist(), strict=True)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data.store import Sequence
 from ..errors import ICAError
 from ..log import get_logger
-from .memory import Budget, budget_for
+from .memory import Budget, budget_for, is_out_of_memory
 from .padded import PaddedPath
 from .paths import Path, choose_path, describe
-from .precision import Autocast, empty_caches, evaluating
+from .precision import Autocast, checkpointed_layers, checkpointing, empty_caches, evaluating
 
 Progress = Callable[[int], None]
+
+# So many sequences drawn at random that are all NaN leave no doubt: with half of them sound it happens once in 256 times.
+BROKEN_AFTER = 8
 
 
 class Engine:
@@ -53,7 +57,7 @@ class Engine:
         budget: Budget | None = None,
     ):
         adapter = getattr(model, "active_peft_config", None)
-        if getattr(adapter, "is_prompt_learning", False):
+        if adapter is not None and getattr(adapter, "is_prompt_learning", False):
             raise ICAError(
                 f"{adapter.peft_type.value} adapters are not supported by ica_plugin: their virtual tokens stand before every row. Use LoRA."
             )
@@ -64,7 +68,7 @@ class Engine:
         self.padded = PaddedPath(model, self._base, self.device, autocast)
         self.budget = budget or budget_for(self._base.config, self.device, 4096)
         self._chosen: Path | None = None
-        self._quiet = False
+        self._layers: list[GradientCheckpointingLayer] | None = None  # within `undisturbed`: those that checkpoint
         self._beside: dict[nn.Module, Engine] = {}
 
     @property
@@ -100,15 +104,22 @@ class Engine:
             ICAError: a single sequence does not fit the memory.
         """
         result = np.zeros(len(sequences))
-        path = self.path
+        path, whole = self.path, True
+
+        def sums(index: list[int]) -> list[float]:
+            return [float(value.astype(np.float64).sum()) for value in path.token_logprobs([sequences[i] for i in index])]
 
         def work(index: list[int]) -> None:
-            values = path.token_logprobs([sequences[i] for i in index])
-            result[index] = [float(value.astype(np.float64).sum()) for value in values]
+            nonlocal whole
+            result[index] = sums(index)
+            bad = np.array(index)[~np.isfinite(result[index])]
+            if whole and len(bad) == len(index):
+                self._stop_if_broken(len(sequences), sums)
+                whole = False  # asked once
             if len(index) > 1:
                 # A NaN reaches its neighbours in the forward through masked attention, as 0 × NaN: each row by itself.
-                for i in np.array(index)[~np.isfinite(result[index])]:
-                    result[i] = path.token_logprobs([sequences[i]])[0].astype(np.float64).sum()
+                for i in bad:
+                    result[[i]] = sums([i])
 
         self._in_batches([s.tokens for s in sequences], np.array([int(s.scored.sum()) for s in sequences]), work, progress)
         return result
@@ -124,7 +135,7 @@ class Engine:
         Returns:
             float32 [n, H].
         """
-        result: list[np.ndarray | None] = [None] * len(prompts)
+        result: list[np.ndarray] = [np.empty(0)] * len(prompts)
         path = self.path
 
         def work(index: list[int]) -> None:
@@ -161,17 +172,29 @@ class Engine:
         batches = plan(list(range(len(sequences))))
         with self.undisturbed():
             while batches:
+                ran_out = False
                 try:
                     work(batches[0])
-                except torch.OutOfMemoryError:
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
                     ran_out = True
-                else:
-                    ran_out = False
                 if ran_out:  # outside of `except`, whose traceback would keep the tensors
                     self._halve([len(sequences[i]) for i in batches[0]])
                     batches = plan([i for batch in batches for i in batch])
                     continue
                 progress(len(batches.popleft()))
+
+    def _stop_if_broken(self, n: int, sums: Callable[[list[int]], list[float]]) -> None:
+        """Raise ICAError where a few sequences from all over, each by itself, have no finite log-prob: none will."""
+        some = np.random.default_rng(0).permutation(n)[:BROKEN_AFTER]
+        if n < BROKEN_AFTER or any(np.isfinite(sums([i])[0]) for i in some):
+            return
+        raise ICAError(
+            f"the log-probs of a whole batch, and of {BROKEN_AFTER} of {n} sequences each by itself, are NaN or infinite, which means that "
+            "the policy itself is broken. Check the loss of the plain run: a learning rate too high and float16 overflow are the "
+            "usual causes."
+        )
 
     def _halve(self, lengths: list[int]) -> None:
         if len(lengths) == 1:
@@ -185,18 +208,20 @@ class Engine:
 
     @contextmanager
     def undisturbed(self, gradient: bool = False) -> Iterator[None]:
-        """Eval mode, without gradient unless asked for; training notices nothing of it, as under `evaluating`.
+        """Eval mode; training notices nothing of it, as under `evaluating`. Blocks may stand in each other.
 
         Modes and random states are switched by the outermost block alone, so that a scoring pays for them once.
+
+        Args:
+            gradient: with gradients, and with the run's gradient checkpointing if it has any.
         """
-        if self._quiet:
+        with ExitStack() as inside:
+            if self._layers is None:
+                self._layers = checkpointed_layers(self.model)
+                inside.callback(setattr, self, "_layers", None)
+                inside.callback(empty_caches)
+                inside.enter_context(evaluating(self.model))
+            if gradient:
+                inside.enter_context(checkpointing(self._layers))
             with torch.set_grad_enabled(gradient):
                 yield
-            return
-        self._quiet = True
-        try:
-            with evaluating(self.model), torch.set_grad_enabled(gradient):
-                yield
-        finally:
-            self._quiet = False
-        empty_caches()

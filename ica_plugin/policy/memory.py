@@ -6,11 +6,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 MAX_TOKENS = 8192
-
-
 MAX_LOGITS = 2**28
+
+# What allocators say that have no exception of their own; accelerate's list has the others. Lower case.
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, HIP, XPU, MPS, NPU, whatever follows the words
+    "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, and cuDNN's, cuSOLVER's, cuSPARSE's
+    "out_of_device_memory",  # oneAPI: UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY
+    "out_of_host_memory",
+    "out_of_resources",
+    "can't allocate memory",  # DefaultCPUAllocator on Linux
+    "not enough memory",  # and on Windows
+    "cannot allocate memory",  # mmap
+    "bad_alloc",  # C++
+    "invalid buffer size",  # MPS, for one tensor above Metal's limit
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says, in whatever words, that memory ran out, so that a smaller forward may succeed."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    return should_reduce_batch_size(error) or any(words in text for words in OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ class PackedPath:
 
     A token sees its own path and no sibling, in one of two ways. `segments`: an attention function registered with
     transformers computes each segment against its path, and nothing else. `dense`: a 4-D boolean mask with SDPA, whose
-    cost grows with the square of the tree.
+    cost grows with the square of the tree. A tree that is a single path needs neither: plain causal attention, without a
+    mask, which SDPA has its fastest kernels for.
 
     Args:
         model: the policy.
@@ -104,7 +105,7 @@ class PackedPath:
 
     def _forward(self, module: nn.Module, tree: Tree, **kwargs: Any) -> Any:
         inputs = {"input_ids": self._to_device(tree.tokens)[None], "position_ids": self._to_device(tree.positions)[None]}
-        if self.attention == "dense":
+        if self.attention == "dense" and not tree.is_path:
             inputs["attention_mask"] = _mask(self._to_device(tree.ends))[None, None]
         with self._attending(tree), one_forward(self._autocast):
             return module(**inputs, use_cache=False, **kwargs)
@@ -113,7 +114,8 @@ class PackedPath:
     def _attending(self, tree: Tree) -> Iterator[None]:
         """The configs name our attention; layers look it up at every call. Afterwards they name the run's own."""
         global _BRANCHES
-        if self.attention == "segments":
+        by_segments = self.attention == "segments" and not tree.is_path
+        if by_segments:
             _BRANCHES = []
             for path, (start, stop) in zip(tree.paths, tree.segments, strict=True):
                 keys = _indices(path)
@@ -124,7 +126,7 @@ class PackedPath:
         before = [config._attn_implementation for config in self._configs]
         try:
             for config in self._configs:
-                config._attn_implementation = TREE_ATTENTION if self.attention == "segments" else "sdpa"
+                config._attn_implementation = TREE_ATTENTION if by_segments else "sdpa"
             yield
         finally:
             _BRANCHES = None

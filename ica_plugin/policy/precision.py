@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -39,6 +42,47 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
         put_back()
+
+
+def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that the run has switched gradient checkpointing on for."""
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+
+
+@contextmanager
+def checkpointing(layers: list[GradientCheckpointingLayer]) -> Iterator[None]:
+    """The layers checkpoint in eval mode too, inside the block and while gradients are on.
+
+    transformers' layers checkpoint only where their own `training` is set, and a run that fits into memory only with
+    checkpointing would not fit without. So the flag is set on these layers alone (what is below them stays in eval mode) and
+    taken back for the layer's own forward, which may read it for a dropout. The checkpoint is torch's own without
+    re-entrance, whatever the run's is: a re-entrant one cannot serve `torch.autograd.grad`. Models that checkpoint in other
+    ways than through `GradientCheckpointingLayer` (code from the hub) run without.
+    """
+    before = [(layer, layer.training, vars(layer).get("_gradient_checkpointing_func")) for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = True
+            layer._gradient_checkpointing_func = partial(_checkpointed, layer)
+        yield
+    finally:
+        for layer, training, function in before:
+            layer.training = training
+            if function is None:
+                del layer._gradient_checkpointing_func
+            else:
+                layer._gradient_checkpointing_func = function
+
+
+def _checkpointed(layer: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
+    def in_eval_mode(*args: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*args)
+        finally:
+            layer.training = True
+
+    return checkpoint(in_eval_mode, *args, use_reentrant=False) if torch.is_grad_enabled() else in_eval_mode(*args)
 
 
 @contextmanager

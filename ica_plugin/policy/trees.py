@@ -30,6 +30,11 @@ class Tree:
     ends: np.ndarray
     segments: list[tuple[int, int]]
 
+    @property
+    def is_path(self) -> bool:
+        """Nothing branches: every token attends to all before it, as in an ordinary row."""
+        return bool((self.ends == len(self.tokens)).all())
+
 
 def grow(sequences: list[np.ndarray]) -> Tree:
     """The tree of sequences that come sorted, so that each shares most with the one before it.

@@ -18,7 +18,7 @@ from ..data.weights_file import check_weights, read_weights
 from ..errors import ICAError
 from ..log import get_logger
 from ..policy.model import model_context
-from ..training.refusals import _refuse_what_cannot_be_weighted, loss_types
+from ..training.refusals import loss_types, refuse_what_cannot_be_weighted
 from ..training.wrap import Hooks
 from .callback import ICACallback
 from .checkpoint import facts_of
@@ -47,7 +47,7 @@ def attach_examples(
     Raises:
         ICAError: what cannot be weighted exactly, and what to do about it.
     """
-    _refuse_what_cannot_be_weighted(trainer)
+    refuse_what_cannot_be_weighted(trainer)
     row_ids = row_ids_of(trainer.train_dataset)
     train = read_examples(trainer.train_dataset, trainer.data_collator)
     unsupervised = np.flatnonzero(~train.can_be_scored)
@@ -88,7 +88,7 @@ def _given_weights(
 ) -> np.ndarray:
     """The weight of each example, float64 [examples]: the array `weights`, or what the block's `weights` names."""
     dataset, examples = trainer.train_dataset, len(train)
-    if weights is None and config.weights not in dataset.column_names:
+    if weights is None and config.weights is not None and config.weights not in dataset.column_names:
         if not Path(config.weights).suffix:
             raise ICAError(
                 f"ica.weights: {config.weights}: the train dataset has no such column, only {dataset.column_names}. Give one "

@@ -10,10 +10,11 @@ import numpy as np
 
 from ..config import ICAConfig
 from ..data.holdout import Holdout
-from ..data.store import Example, scored_tokens
+from ..data.store import Rows
 from ..log import get_logger
 from ..policy.engine import Engine
 from ..weighting.neighbours import Neighbours, row_features
+from ..weighting.weights import Weights
 from .scoring import Scoring
 
 # A backward costs at least as much as its forward, so a training step at least this many forwards.
@@ -41,21 +42,24 @@ class Budgeted:
         allowance: the time.
         rows_per_step: train rows of an optimizer step on this rank.
         micro_batch: train rows of a micro-batch.
+        known: float64 [n], scores of a resumed run; NaN where there are none.
     """
 
     def __init__(
         self,
         config: ICAConfig,
-        train: list[Example],
+        train: Rows,
         holdout: Holdout,
         allowance: Allowance,
         rows_per_step: float,
         micro_batch: int,
+        known: np.ndarray,
     ):
         self.allowance = allowance
         self.holdout = holdout
-        self.neighbours: Neighbours | None = None
-        self._config, self._train = config, train
+        self._known = known
+        self._neighbours: Neighbours | None = None
+        self._config, self._train, self._scorable = config, train, train.can_be_scored
         self._rows_per_step, self._micro_batch = rows_per_step, micro_batch
         self._row_guess = 0.0
         self._offset = 0
@@ -80,10 +84,10 @@ class Budgeted:
             columns `row`, `scored`, and `base`, `context`, `score`, NaN where not scored; `demos` {row: demonstrations} of the
             scored rows.
         """
-        if self.neighbours is None:
-            self._set_up(engine)
-        candidates = [i for i, row in enumerate(rows) if self._train[row].can_be_scored]
-        order = [candidates[i] for i in np.roll(spread(len(candidates)), -self._offset)]
+        if self._neighbours is None:
+            self._neighbours = self._set_up(engine)
+        candidates = np.flatnonzero(self._scorable[rows])
+        order = candidates[np.roll(spread(len(candidates)), -self._offset)].tolist()
         found: dict[str, Any] = {name: np.full(len(rows), np.nan) for name in ("base", "context", "score")}
         found |= {"row": np.array(rows, dtype=np.int64), "scored": np.zeros(len(rows), bool), "demos": {}}
         done = 0
@@ -104,6 +108,18 @@ class Budgeted:
         self._offset += done
         return found
 
+    def weigh(self, columns: dict[str, np.ndarray], neutral: np.ndarray) -> tuple[Weights, float | None]:
+        """Weights of the rows of all ranks' `score`, and how well neighbours predict (see `Neighbours.weigh`); alike on every rank.
+
+        Args:
+            columns: `row`, `scored`, `score`.
+            neutral: bool, rows that could be shown no demonstration.
+        """
+        assert self._neighbours is not None, "`score` comes first"
+        rows, scored = columns["row"], columns["scored"]
+        self._neighbours.add(rows[scored], columns["score"][scored], neutral[scored])
+        return self._neighbours.weigh(rows)
+
     def embed(self, prompts: list[np.ndarray], embeddings: Embed) -> np.ndarray:
         """`embeddings` of the prompts, each computed once in a run."""
         new = {prompt.tobytes(): prompt for prompt in prompts if prompt.tobytes() not in self._vectors}
@@ -111,15 +127,15 @@ class Budgeted:
             self._vectors.update(zip(new, embeddings(list(new.values())), strict=True))
         return np.stack([self._vectors[prompt.tobytes()] for prompt in prompts])
 
-    def _set_up(self, engine: Engine) -> None:
-        rows, allowance = [row for row in self._train if row.can_be_scored], self.allowance
+    def _set_up(self, engine: Engine) -> Neighbours:
+        rows, allowance = self._train[self._scorable.nonzero()[0]], self.allowance
         sample = [sequence for i in spread(len(rows))[: self._micro_batch] for sequence in rows[i].sequences]
         seconds_per_token = engine.forward_seconds(sample) / sum(len(s.tokens) for s in sample)
-        row_tokens = np.mean([sum(len(s.tokens) for s in row.sequences) for row in rows])
+        row_tokens = float(rows.lengths.sum(axis=1).mean())
         allowance.step_seconds = FORWARDS_PER_STEP * seconds_per_token * row_tokens * self._rows_per_step
         shown = self.holdout.shown
-        demonstration_tokens = np.mean([len(self.holdout.examples[i].demonstration.tokens) for i in shown])
-        context_tokens = self._config.k * demonstration_tokens * len(rows[0].sequences)
+        demonstration_tokens = float(np.mean([len(self.holdout.examples[i].demonstration.tokens) for i in shown]))
+        context_tokens = self._config.k * demonstration_tokens * rows.lengths.shape[1]
         self._row_guess = max(seconds_per_token * (2 * row_tokens + context_tokens), 1e-9)
         if self._config.retrieval == "policy":
             prompts = [self.holdout.examples[i].demonstration.prompt for i in shown]
@@ -131,9 +147,10 @@ class Budgeted:
                 )
                 self.holdout = self.holdout.part([shown[i] for i in kept])
             self.embed([prompts[i] for i in kept], engine.embeddings)
-        tokens = scored_tokens(self._train)
         features = row_features(engine.input_embeddings, self._train)
-        self.neighbours = Neighbours(features, tokens, self._config, by_token=self._train[0].kind == "sft")
+        neighbours = Neighbours(features, self._train.supervised, self._config, by_token=self._train.kind == "sft")
+        before = np.flatnonzero(np.isfinite(self._known))
+        neighbours.add(before, self._known[before], np.zeros(len(before), bool))
         allowance.set_up()
         if allowance.setup > allowance.whole:
             get_logger().warning(
@@ -143,6 +160,7 @@ class Budgeted:
                 allowance.whole,
                 allowance.setup,
             )
+        return neighbours
 
 
 class Allowance:
@@ -165,11 +183,12 @@ class Allowance:
         self.spent = 0.0
         self._row_seconds = 0.0
         self._rows = 0
+        self._after = 0.0
         self._started = time.monotonic()
 
     def open(self, step: int, until: int) -> None:
         """Start the clock of a refresh before `step`, whose weights serve until `until`."""
-        self._opened = time.monotonic()
+        self._opened = self._scored = time.monotonic()
         self._trained = self._opened - self._started - self.spent
         self._step, self._until = step, until
         if step - self.first_step >= STEPS_TO_MEASURE:
@@ -177,7 +196,8 @@ class Allowance:
 
     def set_up(self) -> None:
         """What was spent since `open` serves the whole run."""
-        self.setup = time.monotonic() - self._opened
+        self._scored = time.monotonic()
+        self.setup = self._scored - self._opened
 
     @property
     def whole(self) -> float:
@@ -194,18 +214,25 @@ class Allowance:
 
     def rows(self, guess: float) -> int:
         """How many rows to score next; `guess`: seconds per row before any was scored."""
+        left = self.left - self._after
         if self._rows == 0:  # a first few to learn what they cost
-            return max(int(self.left / 4 / guess), int(self.left >= guess))
-        return int(CAUTION * self.left * self._rows / self._row_seconds)
+            return max(int(left / 4 / guess), int(left >= guess))
+        return int(CAUTION * left * self._rows / self._row_seconds)
 
     def scored(self, rows: int, seconds: float) -> None:
         """Learn from `rows` rows that took `seconds`."""
         self._rows += rows
         self._row_seconds += seconds
+        self._scored = time.monotonic()
 
     def close(self) -> None:
-        """Stop the clock of the refresh."""
-        self.spent += time.monotonic() - self._opened
+        """Stop the clock of the refresh, when all that it does is done: weights are given and files are written.
+
+        What came after the last row was scored is kept back of the next refresh.
+        """
+        now = time.monotonic()
+        self.spent += now - self._opened
+        self._after = now - self._scored
 
 
 def spread(n: int) -> np.ndarray:
@@ -220,16 +247,18 @@ def affordable(prompts: list[np.ndarray], seconds_per_token: float, seconds: flo
     return sorted(order[: max(least, int((cost <= seconds).sum()))].tolist())
 
 
-def within_budget(scoring: Scoring, state: Any, loader: Any) -> Budgeted:
+def within_budget(scoring: Scoring, state: Any, loader: Any, known: np.ndarray) -> Budgeted:
     """`Budgeted` for a run that begins.
 
     Args:
         scoring: of the run.
         state: the trainer's, at the run's first step.
         loader: the trainer's data loader, whose batches may be packed; None where it is not known.
+        known: float64 [n], scores of a resumed run; NaN where there are none.
     """
     args, ranks, train = scoring.trainer.args, scoring.trainer.accelerator.num_processes, scoring.train
     rows = len(train) / (len(loader) * ranks) if loader is not None else args.per_device_train_batch_size
+    assert scoring.config.budget is not None
     allowance = Allowance(scoring.config.budget, state.global_step, state.max_steps)
-    micro_batch = min(args.per_device_train_batch_size, len(train))
-    return Budgeted(scoring.config, train, scoring.holdout, allowance, rows * args.gradient_accumulation_steps, micro_batch)
+    per_step, micro_batch = rows * args.gradient_accumulation_steps, min(args.per_device_train_batch_size, len(train))
+    return Budgeted(scoring.config, train, scoring.holdout, allowance, per_step, micro_batch, known)

@@ -104,7 +104,8 @@ class ICACallback(TrainerCallback):
         if resumed and self.ranks.is_main:
             self.files.keep_scores(self.state.counts.refreshes)
         if self.config.budget is not None:
-            self.refresh.budgeted = within_budget(self.scoring, state, kwargs.get("train_dataloader"))
+            known = self.state.scores.numpy()
+            self.refresh.budgeted = within_budget(self.scoring, state, kwargs.get("train_dataloader"), known)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._before_update.begin_epoch()

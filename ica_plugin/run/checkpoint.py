@@ -18,6 +18,7 @@ from torch import nn
 
 from ..config import ICAConfig
 from ..data.holdout import Holdout
+from ..data.public import public_block
 from ..data.store import Rows
 from ..errors import ICAError
 from ..log import get_logger
@@ -29,8 +30,8 @@ from .state import RowState
 STATE_FILE = "ica_state.safetensors"
 
 
-# Keys of the block that may change between a run and its continuation: they touch no weight.
-FREE_KEYS = {"on_resume_mismatch"}
+# Keys of the block that may change between a run and its continuation: they touch no weight, or stand for rows that are compared.
+NOT_COMPARED = {"on_resume_mismatch", "holdout", "weights"}
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def facts_of(config: ICAConfig, train: Rows, holdout: Holdout, given: Any) -> di
         "train rows": train.digest,
         "holdout": holdout.digest if given is None else None,
         "weights": digest([given.tobytes().hex()]) if given is not None else None,
-        "block": config.model_dump(mode="json", exclude=FREE_KEYS | {"holdout", "weights"}),
+        "block": {key: value for key, value in public_block(config).items() if key not in NOT_COMPARED},
     }
 
 

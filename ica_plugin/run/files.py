@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ class RunFiles:
             if len(kept) == 0:
                 path.unlink()
             elif len(kept) < len(table):
-                self._write(str(path.relative_to(self.folder)), lambda part, kept=kept: pq.write_table(kept, part))
+                self._write(str(path.relative_to(self.folder)), partial(pq.write_table, kept))
         if refreshes and not score_files(self.folder):
             get_logger().warning("%s is not there, so it begins anew with refresh %d.", self.folder / SCORES, refreshes)
 

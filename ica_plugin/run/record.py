@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..data.public import public_block
 from .clock import Clock
 from .refresh import Refresh
 
@@ -17,7 +18,7 @@ def run_record(refresh: Refresh, clock: Clock) -> dict[str, Any]:
     """
     scoring, counts = refresh.scoring, refresh.state.counts
     return {
-        "config": scoring.config.model_dump(mode="json"),
+        "config": public_block(scoring.config),
         "length_normalize": scoring.length_normalize,
         "rows": len(scoring.train),
         "holdout_rows": len(scoring.holdout.examples),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..scorers import CONTRACT_COLUMNS, balanced_score
+from ..scorers.combine import without_spread
 from ..weighting.retrieval import report_fewer
 from ..weighting.weights import Weights, weights_from_scores
 from .budget import Budgeted
@@ -57,8 +58,8 @@ class Refresh:
         if self.budgeted is not None:
             self.budgeted.allowance.open(self.scoring.trainer.state.global_step, until)
         columns = self._score(self._ranks.share(rows) if shared else rows)
-        if len(columns["row"]):
-            weights = self._weigh(columns)
+        weights = self._weigh(columns) if len(columns["row"]) else None
+        if weights is not None:
             self.state.give(columns["row"], weights.values, columns["scored"], columns["score"])
             if self._ranks.is_main:
                 self.files.add_scores(self._written(columns, weights))
@@ -67,7 +68,7 @@ class Refresh:
             self.budgeted.allowance.close()
         seconds = time.monotonic() - begin
         self._clock.scored(seconds)
-        if len(columns["row"]):
+        if weights is not None:
             self._tell(columns, weights, seconds)
             self.state.counts.refreshes += 1
 
@@ -77,7 +78,8 @@ class Refresh:
             self._find_demonstrations()
         parts = self._ranks.all(lambda: self._score_all(mine) if self.budgeted is None else self._score_within_budget(mine))
         if self.budgeted is not None:
-            for shown in [part.pop("demos") for part in parts]:
+            for part in parts:
+                shown: Any = part.pop("demos")
                 self.state.show(list(shown), list(shown.values()))
         index, first = np.unique(np.concatenate([part["row"] for part in parts]), return_index=True)
         if len(index) == 0:
@@ -124,13 +126,10 @@ class Refresh:
         neutral = np.array([shows and not shown for shown in self.state.shown(rows)])
         if self.budgeted is None:
             by_token = self.scoring.train.kind == "sft"
-            return weights_from_scores(columns["score"], config, tokens=self.tokens[rows], by_token=by_token, neutral=neutral)
-        neighbours, known, scored = self.budgeted.neighbours, self.state.scores.numpy(), columns["scored"]
-        assert neighbours is not None
-        before = np.flatnonzero(np.isfinite(known))  # a resumed run's among them
-        neighbours.add(before, known[before], np.zeros(len(before), bool))
-        neighbours.add(rows[scored], columns["score"][scored], neutral[scored])
-        weights, self.neighbour_correlation = neighbours.weigh(rows)
+            return weights_from_scores(
+                columns["score"], config, tokens=self.tokens[rows], by_token=by_token, neutral=neutral, rows=rows
+            )
+        weights, self.neighbour_correlation = self.budgeted.weigh(columns, neutral)
         return weights
 
     def _written(self, columns: Columns, weights: Weights) -> dict[str, Any]:
@@ -156,6 +155,9 @@ class Refresh:
         counts, clock = self.state.counts, self._clock
         overhead = clock.scoring_seconds / max(clock.training_seconds, 1e-9) if counts.refreshes else 0.0
         scored = int(columns["scored"].sum())
-        self._report.refreshed(Refreshed(counts.refreshes, columns["row"], columns["score"], scored, weights, seconds, overhead))
+        flat = without_spread({name: columns[name] for name in columns if name not in ("row", "scored", "base", "context")})
+        self._report.refreshed(
+            Refreshed(counts.refreshes, columns["row"], columns["score"], flat, scored, weights, seconds, overhead)
+        )
         if self.budgeted is not None:
             self._report.within_budget(scored, len(columns["row"]), self.neighbour_correlation)

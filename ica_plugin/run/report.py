@@ -23,6 +23,7 @@ class Refreshed:
         number: of the refresh, from 0.
         rows: int64 [n], its rows.
         scores: float64 [n], NaN where a row was not scored.
+        flat: names of the scores that are the same for every row.
         scored: rows scored themselves.
         weights: of the rows.
         seconds: that it took.
@@ -32,6 +33,7 @@ class Refreshed:
     number: int
     rows: np.ndarray
     scores: np.ndarray
+    flat: list[str]
     scored: int
     weights: Weights
     seconds: float
@@ -69,12 +71,12 @@ class Report:
             100 * weights.effective_sample_size,
             100 * share_clipped,
         )
-        if len(finite) > 1 and np.ptp(finite) == 0:
+        if refresh.flat:
             get_logger().warning(
-                "every row has the same score (%.4g) by `score: %s`: all weights are alike and nothing is reweighted. A score that "
-                "cannot tell rows apart is a fault, or the policy has not moved from its reference yet.",
-                finite[0],
-                self._config.score,
+                "%s: every row has the same score, so it tells no row from another%s. The policy has not moved from its reference yet, "
+                "or something is wrong.",
+                ", ".join(refresh.flat),
+                " and nothing is reweighted" if "score" in refresh.flat else "",
             )
         if weights.bad.any():
             bad = refresh.rows[weights.bad]

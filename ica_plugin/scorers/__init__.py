@@ -18,7 +18,7 @@ from ..expression import BAND_SCORERS, parse_score, parts_of
 from ..policy.losses import difference, token_means
 from ..policy.reference import Reference
 from . import datainf, ica, influence, irm, likelihood, lossdiff, one_shot, random, rds, rho
-from .combine import balanced, combined
+from .combine import balanced, combined, without_spread
 from .context import ScoringContext
 from .influence import truncated
 from .needs import Needs, require_met
@@ -93,6 +93,11 @@ def total_score(config: ICAConfig, columns: dict[str, np.ndarray]) -> np.ndarray
     if "influence" in parts:
         parts["influence"] = truncated(parts["influence"], config.influence.truncate)
     return combined(terms, parts, combine=config.combine, band=config.band)
+
+
+def scorers_without_spread(columns: dict[str, np.ndarray]) -> list[str]:
+    """Names of the scorers (`scorer:set` with several sets) that gave every row the same score, as `scores_for_sets` has them."""
+    return without_spread({name: column for name, column in columns.items() if name not in CONTRACT_COLUMNS})
 
 
 def scores_for_sets(context: ScoringContext) -> dict[str, np.ndarray]:

@@ -43,6 +43,17 @@ def scaled(scores: np.ndarray, combine: Combine) -> np.ndarray:
     return (scores - scores.mean()) / spread if spread > 1e-12 * max(1.0, np.abs(scores).max()) else np.zeros(len(scores))
 
 
+def without_spread(columns: dict[str, np.ndarray]) -> list[str]:
+    """Names of the columns whose finite scores, two or more, are all the same: they tell no row from another, as where a scorer
+    silently did nothing.
+
+    Args:
+        columns: float [n] by name, of the rows scored together.
+    """
+    finite = {name: column[np.isfinite(column)] for name, column in columns.items()}
+    return [name for name, scores in finite.items() if len(scores) > 1 and not scaled(scores, "zscore").any()]
+
+
 def balanced(scores: list[np.ndarray], balance: Balance, combine: Combine) -> np.ndarray:
     """One score from the scores against several holdout sets, each normalised first so that no set's scale decides.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ from ..data.store import Example, Kind, Sequence
 from ..policy.engine import Engine, Progress
 from ..policy.gradients import RowReference, row_gradients
 from ..policy.reference import Reference
-from .ica import Scores, ica_scores
+from .in_context import Scores, ica_scores
 
 
 @dataclass
@@ -44,7 +45,7 @@ class ScoringContext:
 
     engine: Engine
     config: ICAConfig
-    train: list[Example]
+    train: SequenceOf[Example]
     rows: list[int]
     demonstrations: list[list[int]]
     holdout: Holdout

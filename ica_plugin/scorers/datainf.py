@@ -35,7 +35,7 @@ def score(context: ScoringContext) -> np.ndarray:
     """
     target = mean_gradient(context.row_gradients(context.shown), len(context.shown))
     sample = _hessian_rows(context, sum(t.numel() for t in target))
-    gradients = list(context.row_gradients([context.train[row] for row in sample]))
+    gradients = [g for g in context.row_gradients([context.train[row] for row in sample]) if g is not None]
     directions = [
         _inverse_hessian(torch.stack([g[i].flatten() for g in gradients]), target[i].flatten()) for i in range(len(target))
     ]

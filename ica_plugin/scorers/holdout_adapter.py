@@ -118,7 +118,7 @@ def _train(context: ScoringContext) -> None:
     model.set_adapter(ADAPTER)
     parameters = [parameter for name, parameter in model.named_parameters() if ADAPTER in name.split(".")]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    rng, order = np.random.default_rng(context.config.seed), []
+    rng, order = np.random.default_rng(context.config.seed), list[int]()
     with context.engine.undisturbed(gradient=True):
         for step in range(settings.steps):
             while len(order) < ROWS_PER_STEP:

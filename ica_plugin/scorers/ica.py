@@ -2,109 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from ..data.store import Example, Sequence
-from ..policy.engine import Engine, Progress
+from .context import ScoringContext
 from .needs import Needs
-
-if TYPE_CHECKING:
-    from .context import ScoringContext
 
 NAME = "ica"
 SOURCE = "arXiv 2510.14459, eq. 7"
 NEEDS = Needs(demonstrations=True)
 
-# Bounds the memory of the sequences with their demonstrations.
-ROWS_PER_BLOCK = 4096
-
 
 def score(context: ScoringContext) -> np.ndarray:
-    """`log π(y | C, x) − log π(y | x)`, see `ica_scores`; other scorers of a sum share its base pass.
+    """`log π(y | C, x) − log π(y | x)`, see `in_context.ica_scores`; other scorers of a sum share its base pass.
 
     Returns:
-        float64 [n], nats.
+        float64 [n], nats (per token with `length_normalize`).
     """
     return context.ica.score
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of n rows, with what they were made from.
-
-    Attributes:
-        base: float64 [n]; log-prob of the response (pairs: chosen minus rejected) without demonstrations, nats
-            (per token with `length_normalize`).
-        context: the same after the demonstrations.
-        score: context − base, with the sign turned for undesirable unpaired rows; NaN where a row has no
-            supervised token or no demonstration.
-        sums: float64 [n, sequences]; summed log-prob of each sequence without demonstrations, NaN where not scored.
-    """
-
-    base: np.ndarray
-    context: np.ndarray
-    score: np.ndarray
-    sums: np.ndarray
-
-
-def ica_scores(
-    engine: Engine,
-    examples: list[Example],
-    demonstrations: list[list[int]],
-    holdout: list[Example],
-    *,
-    length_normalize: bool,
-    progress: Progress = lambda done: None,
-) -> Scores:
-    """ICA scores (arXiv 2510.14459, eq. 7, for pairs with the difference of chosen and rejected).
-
-    `score = log π(y | C, x) − log π(y | x)`, where C is the tokens of the row's demonstrations, whole rows one
-    after the other, in front of the tokens of the row.
-
-    Args:
-        engine: the policy's log-probs.
-        examples: n rows.
-        demonstrations: per row, indices into `holdout`, in the order in which they are shown.
-        holdout: holdout rows.
-        length_normalize: mean log-prob per token instead of the sum.
-        progress: called with the number of sequences done, 2 per sequence of each scored row.
-    """
-    scored = [i for i, row in enumerate(examples) if row.can_be_scored]
-    # Rows with the same first demonstrations next to each other: they share that part of the forward.
-    scored.sort(key=lambda i: demonstrations[i])
-    base, context = np.full(len(examples), np.nan), np.full(len(examples), np.nan)
-    alone = np.full((len(examples), max((len(row.sequences) for row in examples), default=1)), np.nan)
-    for start in range(0, len(scored), ROWS_PER_BLOCK):
-        block = scored[start : start + ROWS_PER_BLOCK]
-        flat: list[Sequence] = []
-        for i in block:
-            shown = [holdout[d].demonstration.tokens for d in demonstrations[i]]
-            for sequence in examples[i].sequences:
-                flat += [sequence, in_context(sequence, shown)]
-        values = iter(engine.logprobs(flat, progress))
-        for i in block:
-            sums = []
-            for side, sequence in enumerate(examples[i].sequences):
-                tokens = int(sequence.scored.sum()) if length_normalize else 1
-                alone[i, side] = next(values)
-                sums.append((alone[i, side] / tokens, next(values) / tokens))
-            base[i], context[i] = sums[0] if len(sums) == 1 else np.subtract(sums[0], sums[1])
-    score = context - base
-    for i, row in enumerate(examples):
-        if not demonstrations[i]:
-            score[i] = np.nan
-        elif not row.desirable:
-            score[i] = -score[i]
-    return Scores(base, context, score, alone)
-
-
-def in_context(sequence: Sequence, demonstrations: list[np.ndarray]) -> Sequence:
-    """The sequence after its demonstrations; only its own tokens are scored."""
-    context = np.concatenate([np.zeros(0, np.int64), *demonstrations])
-    return Sequence(
-        np.concatenate([context, sequence.tokens]),
-        np.concatenate([np.zeros(len(context), bool), sequence.scored]),
-    )

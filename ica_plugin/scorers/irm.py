@@ -15,11 +15,11 @@ NEEDS = Needs(pairs=True, reference=True)
 
 
 def score(context: ScoringContext) -> np.ndarray:
-    """`β · { [log π(y_w|x) − log π_ref(y_w|x)] − [log π(y_l|x) − log π_ref(y_l|x)] }` , the implicit reward margin.
+    """`β · { [log π(y_w|x) − log π_ref(y_w|x)] − [log π(y_l|x) − log π_ref(y_l|x)] }`, the implicit reward margin.
     π_ref is the run's own reference model: `policy.reference`.
 
-    Before the first step of a new adapter π is π_ref and every margin is 0: score again later (`refresh_interval`), or
-    start from a trained adapter.
+    Before the first step π is π_ref, unless the trainer was given another reference, and every margin is 0: score again later
+    (`refresh_interval`).
 
     Returns:
         float64 [n], nats.
@@ -27,7 +27,7 @@ def score(context: ScoringContext) -> np.ndarray:
     margins = context.beta * difference(context.sums - context.reference_sums)
     if len(margins) and not np.nan_to_num(margins).any():
         get_logger().warning(
-            "irm: the adapter has not been trained yet, so every implicit reward margin is 0 and tells no pair from another. "
-            "Set `refresh_interval`, or start from a trained adapter."
+            "irm: the policy is still its own reference (the adapter has not been trained yet), so every implicit reward margin is 0 "
+            "and tells no pair from another. Set `refresh_interval`."
         )
     return margins

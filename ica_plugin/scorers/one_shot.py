@@ -7,7 +7,7 @@ import numpy as np
 from ..data.store import Sequence
 from ..policy.losses import token_means
 from .context import ScoringContext
-from .ica import ROWS_PER_BLOCK, in_context
+from .in_context import ROWS_PER_BLOCK, in_context
 from .needs import Needs
 
 NAME = "one_shot"

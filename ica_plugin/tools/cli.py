@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -107,7 +108,7 @@ def _errors(file: Path) -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _host(config: Path):
+def _host(config: Path) -> ModuleType:
     """The host's module, told by the key that names the model."""
     if not config.is_file():
         raise ICAError("no such file.")
@@ -125,11 +126,11 @@ def _host(config: Path):
                 "it has an `ica:` block, but `plugins` does not list ica_plugin.ICAPlugin, so Axolotl would ignore the block "
                 "and train unweighted. Add `plugins: [ica_plugin.ICAPlugin]`."
             )
-        from ..hosts.axolotl import tools
+        from ..hosts.axolotl import tools as axolotl
 
-        return tools
+        return axolotl
     if "model_name_or_path" in keys:
-        from ..hosts.llamafactory import tools
+        from ..hosts.llamafactory import tools as llamafactory
 
-        return tools
+        return llamafactory
     raise ICAError("neither an Axolotl config (`base_model`) nor a LLaMA-Factory config (`model_name_or_path`).")

@@ -58,29 +58,62 @@ def report_numbers(table: dict[str, list], run: dict[str, Any]) -> dict[str, Any
         rows by the change of their weight between their first and last scoring, empty where every row was scored once.
     """
     columns = {name: np.array(table[name], dtype=float) for name in ("row", "refresh", "step", "score", "weight", "tokens")}
-    refreshes = []
-    for refresh in np.unique(columns["refresh"]):
-        here = columns["refresh"] == refresh
-        weight, score = columns["weight"][here], columns["score"][here]
-        finite = score[np.isfinite(score)]
-        refreshes.append(
-            {
-                "refresh": int(refresh),
-                "step": int(columns["step"][here][0]),
-                "rows": int(here.sum()),
-                "score mean": float(finite.mean()) if len(finite) else None,
-                "score std": float(finite.std()) if len(finite) else None,
-                "effective sample size": float(weight.sum() ** 2 / max((weight**2).sum(), 1e-12) / len(weight)),
-                "weight min": float(weight.min()),
-                "weight max": float(weight.max()),
-                "share of weight 0": float((weight == 0).mean()),
-                **{f"weight q{int(100 * q)}": float(np.quantile(weight, q)) for q in QUANTILES},
-            }
-        )
+    rows = _rows(columns)
+    by_weight = sorted(rows, key=lambda r: -r["weight"])
+    moved = sorted((r for r in rows if r["change"] != 0), key=lambda r: -r["change"])
+    return {
+        "run": _run(run),
+        "refreshes": [_refresh(columns, refresh) for refresh in np.unique(columns["refresh"])],
+        "highest": by_weight[:SHOWN_ROWS],
+        "lowest": by_weight[::-1][:SHOWN_ROWS],
+        "gained": [r for r in moved[:SHOWN_ROWS] if r["change"] > 0],
+        "lost": [r for r in moved[::-1][:SHOWN_ROWS] if r["change"] < 0],
+        "weights": [r["weight"] for r in by_weight],
+        "scores": [r["score"] for r in by_weight],
+    }
+
+
+def _run(run: dict[str, Any]) -> dict[str, Any]:
+    seconds, training = float(run["scoring_seconds"]), float(run["training_seconds"])
+    return {
+        "rows": run["rows"],
+        "holdout rows": run["holdout_rows"],
+        "rows also in the holdout": run["rows_in_holdout"],
+        "steps": run["steps"],
+        "score": run["config"].get("score", "ica"),
+        "weighting": run["config"].get("weighting"),
+        "refreshes": run["refreshes"],
+        "scored rows": run["scored_rows"],
+        "scoring seconds": seconds,
+        "training seconds": training,
+        "overhead": seconds / training if training else None,
+    }
+
+
+def _refresh(columns: dict[str, np.ndarray], refresh: float) -> dict[str, Any]:
+    here = columns["refresh"] == refresh
+    weight, score = columns["weight"][here], columns["score"][here]
+    finite = score[np.isfinite(score)]
+    return {
+        "refresh": int(refresh),
+        "step": int(columns["step"][here][0]),
+        "rows": int(here.sum()),
+        "score mean": float(finite.mean()) if len(finite) else None,
+        "score std": float(finite.std()) if len(finite) else None,
+        "effective sample size": float(weight.sum() ** 2 / max((weight**2).sum(), 1e-12) / len(weight)),
+        "weight min": float(weight.min()),
+        "weight max": float(weight.max()),
+        "share of weight 0": float((weight == 0).mean()),
+        **{f"weight q{int(100 * q)}": float(np.quantile(weight, q)) for q in QUANTILES},
+    }
+
+
+def _rows(columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Each row with supervised tokens: its weight and score at its last scoring, and its weight at its first."""
     order = np.lexsort((columns["refresh"], columns["row"]))
     row = columns["row"][order]
     first, last = order[np.insert(row[1:] != row[:-1], 0, True)], order[np.append(row[1:] != row[:-1], True)]
-    rows = [
+    return [
         {
             "row": int(columns["row"][b]),
             "weight": float(columns["weight"][b]),
@@ -92,80 +125,22 @@ def report_numbers(table: dict[str, list], run: dict[str, Any]) -> dict[str, Any
         for a, b in zip(first, last, strict=True)
         if columns["tokens"][b] > 0
     ]
-    by_weight = sorted(rows, key=lambda r: -r["weight"])
-    moved = sorted((r for r in rows if r["change"] != 0), key=lambda r: -r["change"])
-    seconds, training = float(run["scoring_seconds"]), float(run["training_seconds"])
-    return {
-        "run": {
-            "rows": run["rows"],
-            "holdout rows": run["holdout_rows"],
-            "rows also in the holdout": run["rows_in_holdout"],
-            "steps": run["steps"],
-            "score": run["config"].get("score", "ica"),
-            "weighting": run["config"].get("weighting"),
-            "refreshes": run["refreshes"],
-            "scored rows": run["scored_rows"],
-            "scoring seconds": seconds,
-            "training seconds": training,
-            "overhead": seconds / training if training else None,
-        },
-        "refreshes": refreshes,
-        "highest": by_weight[:SHOWN_ROWS],
-        "lowest": by_weight[::-1][:SHOWN_ROWS],
-        "gained": [r for r in moved[:SHOWN_ROWS] if r["change"] > 0],
-        "lost": [r for r in moved[::-1][:SHOWN_ROWS] if r["change"] < 0],
-        "weights": [r["weight"] for r in by_weight],
-        "scores": [r["score"] for r in by_weight],
-    }
 
 
 def _sections(numbers: dict[str, Any]) -> list[Section]:
-    refreshes = numbers["refreshes"]
-    steps = [r["step"] for r in refreshes]
     moved = bool(numbers["gained"] or numbers["lost"])
-
-    def weights(axes: Any) -> None:
-        axes.hist(numbers["weights"], bins=30)
-        axes.axvline(1, color="black", linestyle=":")
-        axes.set(xlabel="weight", ylabel="rows")
-
-    def over_time(axes: Any) -> None:
-        for q in QUANTILES:
-            axes.plot(
-                steps, [r[f"weight q{int(100 * q)}"] for r in refreshes], marker="o", markersize=3, label=f"{q:.0%} quantile"
-            )
-        axes.set(xlabel="optimizer step", ylabel="weight")
-        axes.legend(frameon=False, fontsize=8)
-
-    def sample_size(axes: Any) -> None:
-        axes.plot(steps, [100 * r["effective sample size"] for r in refreshes], marker="o", markersize=3)
-        axes.set(xlabel="optimizer step", ylabel="effective sample size, %", ylim=(0, 102))
-
-    def distribution(axes: Any) -> None:
-        axes.scatter(numbers["scores"], numbers["weights"], s=8, alpha=0.6)
-        axes.set(xlabel="last score", ylabel="last weight")
 
     def without_change(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{k: v for k, v in row.items() if moved or k not in ("first weight", "change")} for row in rows]
 
-    if len(refreshes) == 1:
-        given = [Section("Weights", "Rows by their weight; 1 is no weighting.", picture(weights))]
-    else:
-        given = [
-            Section(
-                "Weights over time", "Quantiles of the weights given at each refresh; 1 is no weighting.", picture(over_time)
-            ),
-            Section("Effective sample size", "As a share of the rows: 100 % when all weights are equal.", picture(sample_size)),
-        ]
     sections = [
         Section(
             "The run",
             "Overhead is scoring seconds over training seconds.",
             rows=[{"": k, "value": v} for k, v in numbers["run"].items()],
         ),
-        *given,
-        Section("Scores and weights", picture=picture(distribution)),
-        Section("Refreshes", "Effective sample size: (Σw)² / Σw² over the number of rows.", rows=refreshes),
+        *_of_weights(numbers),
+        Section("Refreshes", "Effective sample size: (Σw)² / Σw² over the number of rows.", rows=numbers["refreshes"]),
         Section(
             "Who counts most",
             "Rows by their last weight; `row` is the index into the trainer's train rows.",
@@ -179,3 +154,38 @@ def _sections(numbers: dict[str, Any]) -> list[Section]:
             Section("Who lost", rows=numbers["lost"]),
         ]
     return sections
+
+
+def _of_weights(numbers: dict[str, Any]) -> list[Section]:
+    refreshes = numbers["refreshes"]
+    steps = [r["step"] for r in refreshes]
+
+    def weights(axes: Any) -> None:
+        axes.hist(numbers["weights"], bins=30)
+        axes.axvline(1, color="black", linestyle=":")
+        axes.set(xlabel="weight", ylabel="rows")
+
+    def over_time(axes: Any) -> None:
+        for q in QUANTILES:
+            of_quantile = [r[f"weight q{int(100 * q)}"] for r in refreshes]
+            axes.plot(steps, of_quantile, marker="o", markersize=3, label=f"{q:.0%} quantile")
+        axes.set(xlabel="optimizer step", ylabel="weight")
+        axes.legend(frameon=False, fontsize=8)
+
+    def sample_size(axes: Any) -> None:
+        axes.plot(steps, [100 * r["effective sample size"] for r in refreshes], marker="o", markersize=3)
+        axes.set(xlabel="optimizer step", ylabel="effective sample size, %", ylim=(0, 102))
+
+    def distribution(axes: Any) -> None:
+        axes.scatter(numbers["scores"], numbers["weights"], s=8, alpha=0.6)
+        axes.set(xlabel="last score", ylabel="last weight")
+
+    if len(refreshes) == 1:
+        given = [Section("Weights", "Rows by their weight; 1 is no weighting.", picture(weights))]
+    else:
+        text = "Quantiles of the weights given at each refresh; 1 is no weighting."
+        given = [
+            Section("Weights over time", text, picture(over_time)),
+            Section("Effective sample size", "As a share of the rows: 100 % when all weights are equal.", picture(sample_size)),
+        ]
+    return [*given, Section("Scores and weights", picture=picture(distribution))]

@@ -127,7 +127,7 @@ class GradientInjection:
         if not value.requires_grad:
             return output
         micro_batch = self._micro_batch
-        scaled = scale_gradient(value, self._fit(value), lambda: self._without_gradient.discard(micro_batch))
+        scaled = scale_gradient(value, _fit(self._weights, value), lambda: self._without_gradient.discard(micro_batch))
         self._without_gradient.add(micro_batch)
         self._passes += 1
         if torch.is_tensor(output):
@@ -139,15 +139,17 @@ class GradientInjection:
         output.last_hidden_state = scaled
         return output
 
-    def _fit(self, value: torch.Tensor) -> torch.Tensor:
-        weights, rows = self._weights, value.shape[0]
-        if weights.dim() == 1 and rows == len(weights):
-            return weights
-        if weights.dim() == 1 and rows == 2 * len(weights):
-            return weights.repeat(2)
-        if weights.dim() == 2 and value.shape[:2] == weights.shape:
-            return torch.cat([weights[:, 1:], weights[:, -1:]], dim=1)
-        raise ICAError(
-            f"a training forward has shape {tuple(value.shape[:2])} but the batch has weights {tuple(weights.shape)}: rows "
-            "and weights cannot be matched. Switch padding-free batches (`padding_free`) off."
-        )
+
+def _fit(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The weights of a batch for the rows, or the predictions, of a forward's `value` [N, T, ...]."""
+    rows = value.shape[0]
+    if weights.dim() == 1 and rows == len(weights):
+        return weights
+    if weights.dim() == 1 and rows == 2 * len(weights):
+        return weights.repeat(2)
+    if weights.dim() == 2 and value.shape[:2] == weights.shape:
+        return torch.cat([weights[:, 1:], weights[:, -1:]], dim=1)
+    raise ICAError(
+        f"a training forward has shape {tuple(value.shape[:2])} but the batch has weights {tuple(weights.shape)}: rows "
+        "and weights cannot be matched. Switch padding-free batches (`padding_free`) off."
+    )

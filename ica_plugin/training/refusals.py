@@ -20,7 +20,7 @@ SHARDED = (
 )
 
 
-def _refuse_what_cannot_be_weighted(trainer: Trainer) -> None:
+def refuse_what_cannot_be_weighted(trainer: Trainer) -> None:
     if isinstance(trainer.data_collator, RowIdCollator):
         raise ICAError("ica_plugin is attached to this trainer already.")
     dataset = trainer.train_dataset

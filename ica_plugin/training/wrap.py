@@ -73,6 +73,7 @@ class Hooks:
     def __init__(self, trainer: Trainer, row_ids: list[Any], stored: Rows, run: Run):
         self._trainer, self._row_ids, self._stored, self._run = trainer, row_ids, stored, run
         self._rows = trainer.train_dataset
+        self._on = False  # what somebody else hooked on after us may still call ours when it is off
         self._before: dict[str, tuple[Any, Any]] = {}  # attribute → what stood on the instance, what we put there
         self._install()
 
@@ -111,12 +112,14 @@ class Hooks:
         ):
             host = getattr(trainer, name)
             self._put(name, functools.wraps(host)(make(host)))
+        self._on = True
 
     def _put(self, name: str, value: Any) -> None:
         self._before[name] = vars(self._trainer).get(name, NOT_THERE), value
         setattr(self._trainer, name, value)
 
     def _take_off(self) -> None:
+        self._on = False
         for name, (before, ours) in reversed(self._before.items()):
             if vars(self._trainer).get(name) is not ours:
                 continue  # somebody hooked on after us; ours is passed through from now on
@@ -129,7 +132,7 @@ class Hooks:
     def _columns(self, host: Callable[[], None]) -> Callable[[], None]:
         def with_row_ids() -> None:
             host()
-            if self._before and ROW_IDS not in self._trainer._signature_columns:
+            if self._on and ROW_IDS not in self._trainer._signature_columns:
                 self._trainer._signature_columns = [*self._trainer._signature_columns, ROW_IDS]
 
         return with_row_ids
@@ -137,7 +140,7 @@ class Hooks:
     def _loss(self, host: Callable[..., Any]) -> Callable[..., Any]:
         def weighted_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             rows = inputs.pop(ROW_IDS, None)
-            if not self._before or not (model.training and torch.is_grad_enabled()):
+            if not self._on or not (model.training and torch.is_grad_enabled()):
                 return host(model, inputs, *args, **kwargs)
             if rows is None:
                 raise ICAError(
@@ -152,7 +155,7 @@ class Hooks:
 
     def _batches(self, host: Callable[..., Any]) -> Callable[..., Any]:
         def scored_batches(epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
-            if self._before:
+            if self._on:
                 epoch_iterator = self._run.before_update(epoch_iterator, num_batches)
             return host(epoch_iterator, num_batches, *args, **kwargs)
 
@@ -162,7 +165,7 @@ class Hooks:
         # `on_save` comes when a checkpoint is complete for the host: a run killed just before it would resume without our state.
         # The random states are saved before the checkpoint is complete, and only where it can be resumed from.
         def save(output_dir: str, *args: Any, **kwargs: Any) -> Any:
-            if self._before:
+            if self._on:
                 self._run.save_state(output_dir)
             return host(output_dir, *args, **kwargs)
 
@@ -170,7 +173,7 @@ class Hooks:
 
     def _load(self, host: Callable[..., Any]) -> Callable[..., Any]:
         def load(checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
-            if self._before and checkpoint is not None:
+            if self._on and checkpoint is not None:
                 self._run.load_state(checkpoint)
             return host(checkpoint, *args, **kwargs)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ ROWS_PER_BLOCK = 4096
 
 
 def retrieve(
-    train: list[Example],
+    train: Sequence[Example],
     holdout: Holdout,
     config: ICAConfig,
     *,
@@ -172,7 +173,7 @@ def _bm25(queries: list[str], keys: list[str]) -> np.ndarray:
     return np.stack([index.get_scores(query) if query else np.zeros(len(keys)) for query in words])
 
 
-def _sentence_transformer(name: str):
+def _sentence_transformer(name: str) -> Any:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:

@@ -11,7 +11,9 @@ from ..config import ICAConfig
 from ..errors import ICAError
 from ..expression import BAND_SCORERS, parse_score
 
+# So many rows may have a NaN or infinite score: a share, and in a small window a few.
 MAX_BAD_SHARE = 0.05
+MAX_BAD_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def weights_from_scores(
     tokens: np.ndarray,
     by_token: bool,
     neutral: np.ndarray | None = None,
+    rows: np.ndarray | None = None,
 ) -> Weights:
     """Turn the scores of the set S of rows scored together into weights (docs: how scores become gradients).
 
@@ -56,43 +59,56 @@ def weights_from_scores(
         tokens: int [n], supervised tokens; rows without any get weight 0 and are not in S.
         by_token: the mean is over supervised tokens (the host's loss is a token mean) instead of rows.
         neutral: bool [n]; rows that could not be shown a demonstration. They have no score and weight 1.
+        rows: int [n], the rows' ids, which a message names; default: 0 … n − 1.
 
     Raises:
-        ICAError: more than 5 % of the scores are NaN or infinite, or every weight would be 0.
+        ICAError: more than 5 % of the scores, and more than 2, are NaN or infinite, or all are; or every weight would be 0.
     """
     scores = np.asarray(scores, dtype=np.float64)
     neutral = np.zeros(len(scores), bool) if neutral is None else neutral
     supervised = tokens > 0
     candidates = supervised & ~neutral
     bad = candidates & ~np.isfinite(scores)
-    if bad.sum() > MAX_BAD_SHARE * max(candidates.sum(), 1):
-        raise ICAError(
-            f"{int(bad.sum())} of {int(candidates.sum())} scores are NaN or infinite (rows "
-            f"{np.flatnonzero(bad)[:5].tolist()} …); more than {MAX_BAD_SHARE:.0%} means that the policy itself is broken. "
-            "Check the loss of the plain run: a learning rate too high and float16 overflow are the usual causes."
-        )
     good = candidates & ~bad
+    _check_bad(np.flatnonzero(bad) if rows is None else rows[bad], int(candidates.sum()))
     values = np.zeros(len(scores))
     values[supervised & neutral] = 1.0
     clipped = np.zeros(len(scores), bool)
     if good.any():
-        raw = _raw_weights(scores[good], config)
         share = tokens[good].astype(np.float64) if by_token else np.ones(int(good.sum()))
         # Rows with a broken score stay in S with weight 0, so the others carry their share.
-        mass = tokens[good | bad].sum() if by_token else (good | bad).sum()
-        limit = config.max_weight if config.weighting == "softmax" else np.inf
-        if (raw * share).sum() <= 0:
-            raise ICAError(f"ica.weighting: {config.weighting}: no row would have a weight above 0; widen it.")
-        values[good], clipped[good] = scaled_to_mean_one(raw, share, float(mass), limit)
+        mass = float(tokens[good | bad].sum() if by_token else (good | bad).sum())
+        if config.weighting == "softmax":
+            values[good], clipped[good] = limited(_exponents(scores[good], config.temperature), share, mass, config.max_weight)
+        else:
+            raw = _raw_weights(scores[good], config)
+            if (raw * share).sum() <= 0:
+                raise ICAError(f"ica.weighting: {config.weighting}: no row would have a weight above 0; widen it.")
+            values[good] = raw * (mass / (raw * share).sum())
     return Weights(values, clipped, bad)
+
+
+def _check_bad(rows: np.ndarray, candidates: int) -> None:
+    """Broken rows are data; broken scores on the whole are a broken policy. In a small window one row is many per cent."""
+    if not len(rows) or (len(rows) <= max(MAX_BAD_SHARE * candidates, MAX_BAD_ROWS) and len(rows) < candidates):
+        return
+    raise ICAError(
+        f"{len(rows)} of {candidates} scores are NaN or infinite (rows {', '.join(map(str, rows[:5].tolist()))}"
+        f"{' …' if len(rows) > 5 else ''}); more than {MAX_BAD_SHARE:.0%} and more than {MAX_BAD_ROWS}, or all, means that the policy "
+        "itself is broken. Check the loss of the plain run: a learning rate too high and float16 overflow are the usual causes."
+    )
+
+
+def _exponents(scores: np.ndarray, temperature: float) -> np.ndarray:
+    """The logarithm of the softmax weights, up to a constant. Its exponential would underflow at a low temperature."""
+    spread = scores.std()
+    if spread <= 1e-12 * max(1.0, np.abs(scores).max()):
+        return np.zeros(len(scores))
+    return (scores - scores.mean()) / spread / temperature
 
 
 def _raw_weights(scores: np.ndarray, config: ICAConfig) -> np.ndarray:
     n = len(scores)
-    if config.weighting == "softmax":
-        spread = scores.std()
-        z = (scores - scores.mean()) / spread if spread > 1e-12 * max(1.0, np.abs(scores).max()) else np.zeros(n)
-        return np.exp((z - z.max()) / config.temperature)
     if config.weighting == "minmax":
         low, high = np.quantile(scores, [config.winsorize, 1 - config.winsorize])
         clipped = np.clip(scores, low, high)
@@ -111,22 +127,36 @@ def _raw_weights(scores: np.ndarray, config: ICAConfig) -> np.ndarray:
     return ((scores >= low) & (scores <= high)).astype(np.float64)
 
 
-def scaled_to_mean_one(raw: np.ndarray, share: np.ndarray, mass: float, limit: float) -> tuple[np.ndarray, np.ndarray]:
-    """The c with Σ share · min(c · raw, limit) = mass, and the rows at the limit.
+def limited(exponents: np.ndarray, share: np.ndarray, mass: float, limit: float) -> tuple[np.ndarray, np.ndarray]:
+    """Weights w = min(c · exp(exponents), limit) with Σ share · w = mass, and which of them are at the limit.
 
-    Clipping and scaling in one: what the clipped rows lose goes to the others, so that the mean is 1 and no
-    weight is above the limit. The loop ends after at most n rounds, since the clipped set only grows.
+    Clipping and scaling in one: what the clipped rows lose goes to the others, so that the mean is 1 and no weight is above the
+    limit. Which rows are clipped is found exactly: they are the first so many by exponent, the fewest for which the next fits. All
+    in logarithms, where nothing underflows. Rows of exponent −∞ share evenly what the others cannot take. Where even the limit
+    on every row is less than the mass, every row is at the limit.
+
+    Args:
+        exponents: float64 [n], −∞ allowed.
+        share: float64 [n], above 0.
+        mass: what the weights must come to.
+        limit: at most this for each.
     """
-    clipped = np.zeros(len(raw), bool)
-    while True:
-        free = (raw * share)[~clipped].sum()
-        rest = mass - (limit * share[clipped].sum() if clipped.any() else 0.0)
-        if free <= 0 or rest <= 0:
-            # Nothing left to scale: the limit cannot be kept together with a mean of 1.
-            return raw * (mass / (raw * share).sum()), np.zeros(len(raw), bool)
-        values = raw * (rest / free)
-        values[clipped] = limit
-        over = (values > limit) & ~clipped
-        if not over.any():
-            return values, clipped
-        clipped |= over
+    n = len(exponents)
+    order = np.argsort(-exponents, kind="stable")
+    falling, portions = exponents[order], share[order]
+    # By number of clipped rows: what is left for the others, and the logarithm of what they come to unscaled.
+    left = mass - limit * np.cumsum(portions)
+    if left[-1] >= 0:
+        return np.full(n, limit), np.ones(n, bool)
+    rest = np.concatenate([[mass], left[:-1]])
+    unscaled = np.logaddexp.accumulate((falling + np.log(portions))[::-1])[::-1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fits = falling + np.log(np.maximum(rest, 0.0)) - unscaled <= np.log(limit)
+    # A row that could take all that is left fits, whatever rounding says; so one does.
+    count = int(np.argmax(fits | (left <= 0) | np.isneginf(falling)))
+    others = falling[count:]
+    raw = np.ones(n - count) if np.isneginf(others[0]) else np.exp(others - others[0])
+    weights, clipped = np.full(n, limit), np.zeros(n, bool)
+    clipped[order[:count]] = True
+    weights[order[count:]] = np.minimum(raw * (rest[count] / (raw * portions[count:]).sum()), limit)
+    return weights, clipped

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from checks import callback_of, parameters, write_weights
 from ica_plugin.errors import ICAError
-from ica_plugin.run.state import STATE_FILE
+from ica_plugin.run.checkpoint import STATE_FILE
 from runs import ROWS, build, refreshes, run, tokenised
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -65,6 +65,35 @@ def test_resumed_with_another_batch_size_inside_a_window_scores_the_rows_to_come
     resumed = run(tmp_path / "on", BLOCKS["window"], resume=checkpoint, per_device_train_batch_size=4)
     assert "the rows to come are not those that were scored before the checkpoint" in capfd.readouterr().err
     assert callback_of(resumed).state.counts.refreshes >= 2 and not torch.isnan(callback_of(resumed).weights).any()
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("window", {"seed": 4}),
+        ("window", {"num_train_epochs": 3}),
+        ("fraction", {"num_train_epochs": 1}),
+        ("fraction", {"num_train_epochs": 4}),
+        ("window", {"data_seed": 5}),
+        ("window", {"dataloader_drop_last": True, "per_device_train_batch_size": 3}),
+    ],
+    ids=str,
+)
+def test_whatever_moved_the_rows_to_come_they_are_trained_with_weights_of_their_window(tmp_path, name, changes):
+    """Every row that is trained got its weight in the refresh that is the newest then."""
+    block = {"refresh_interval": 0.5 if name == "fraction" else 4}
+    run(tmp_path / "before", block, **SAVING)
+    resumed = build(tmp_path / "on", block, **changes)
+    callback, seen = callback_of(resumed), []
+    look_up = callback.state.weights_of
+
+    def recorded(rows):
+        seen.append(callback.state.newest(rows[rows >= 0].tolist()))
+        return look_up(rows)
+
+    callback.state.weights_of = recorded
+    resumed.train(resume_from_checkpoint=str(tmp_path / "before" / "checkpoint-2"))
+    assert seen and all(seen)
 
 
 def test_given_weights_go_on(tmp_path):
@@ -195,7 +224,9 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 def test_killed_at_random_moments_and_resumed_it_ends_the_same(tmp_path, monkeypatch):
     """27 runs: nine stopped while scoring, nine in or between steps, nine while a checkpoint is written; three of them by
     SIGTERM, the others by SIGKILL."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1]))))  # the server does not take over sys.path
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    )  # the server does not take over sys.path
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["checks", "runs", "test_resume"])
     rng = random.Random(0)

@@ -89,8 +89,9 @@ def load_holdout(cfg: DictDefault, config: ICAConfig, tokenizer: Any) -> tuple[s
     return AxolotlHoldout(cfg, tokenizer).dataset(config)
 
 
-def _explain(error: BaseException | None, cfg: DictDefault) -> str:
-    causes, cause = [], error
+def _explain(error: Exception, cfg: DictDefault) -> str:
+    text = f"{type(error).__name__}: {error}"
+    causes, cause = [text], error.__cause__ or error.__context__
     while cause is not None:
         causes.append(f"{type(cause).__name__}: {cause}")
         cause = cause.__cause__ or cause.__context__

@@ -28,7 +28,7 @@ def main() -> None:
         sys.exit(f"[ica] error: {error}")
 
 
-def _run_command() -> None:
+def _run_command() -> Any:
     from llamafactory import cli
     from llamafactory.hparams import read_args
 

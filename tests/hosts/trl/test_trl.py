@@ -244,3 +244,59 @@ def test_a_second_attach_is_refused(make):
     trainer = make("sft")(ica={})
     with pytest.raises(ICAError, match="attached to this trainer already"):
         attach(trainer, weights=[1.0] * 8)
+
+
+def test_the_reference_is_the_one_of_the_trainer_s_own_loss(tmp_path):
+    """A DPOTrainer given a trained adapter: against TRL's copy of it `irm` is 0 before the first step (TRL 0.24: adapters off)."""
+    from peft import LoraConfig, get_peft_model
+
+    from ica_plugin.policy.reference import reference_of
+
+    class Trained(Maker):
+        def _trl(self, model, arguments):
+            torch.manual_seed(0)
+            policy = get_peft_model(model, LoraConfig(**{**LORA, "init_lora_weights": False}))
+            policy.warnings_issued = {}
+            return trl.DPOTrainer(
+                policy,
+                args=trl.DPOConfig(**arguments, beta=0.5, max_length=256),
+                train_dataset=Dataset.from_list(self.rows),
+                processing_class=tiny.make_tokenizer(),
+            )
+
+    trainer = Trained(tmp_path, "dpo", pair_rows(8))(ica={"score": "irm"})
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(8)]))
+    batch.pop("ica_rows", None)
+    trainer.model.eval()
+    with torch.no_grad():
+        loss = float(trainer.compute_loss(trainer.model, batch))
+    callback = callback_of(trainer)
+    irm = callback.scoring.score(list(range(8)), [[]] * 8)["irm"]
+    assert loss == pytest.approx(float(np.mean(np.log1p(np.exp(-irm)))), abs=1e-4)  # the DPO loss is −log σ of the margin
+    if "ref" in trainer.model.peft_config:
+        assert reference_of(trainer).adapter == "ref" and (irm == 0).all()
+    else:
+        assert not TRL_1 and np.abs(irm).max() > 1e-3
+
+
+def test_an_explicit_reference_model_is_taken(tmp_path):
+    class Explicit(Maker):
+        def _trl(self, model, arguments):
+            other = tiny.make_model(seed=3)
+            other.warnings_issued = {}
+            return trl.DPOTrainer(
+                model,
+                ref_model=other,
+                args=trl.DPOConfig(**arguments, beta=0.5, max_length=256),
+                train_dataset=Dataset.from_list(self.rows),
+                processing_class=tiny.make_tokenizer(),
+            )
+
+    trainer = Explicit(tmp_path, "dpo", pair_rows(8))(ica={"score": "irm"})
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(8)]))
+    batch.pop("ica_rows", None)
+    trainer.model.eval()
+    with torch.no_grad():
+        loss = float(trainer.compute_loss(trainer.model, batch))
+    irm = callback_of(trainer).scoring.score(list(range(8)), [[]] * 8)["irm"]
+    assert loss == pytest.approx(float(np.mean(np.log1p(np.exp(-irm)))), abs=1e-4) and np.std(irm) > 0.01

@@ -13,7 +13,9 @@ from ica_plugin import attach
 from ica_plugin.data.store import Example, Sequence
 from ica_plugin.errors import ICAError
 from ica_plugin.run.files import ScoreFile
-from ica_plugin.tools.audit import _agreement, _sections, audit_numbers, auroc
+from ica_plugin.tools.audit import audit_numbers
+from ica_plugin.tools.audit_page import sections
+from ica_plugin.tools.measures import agreement, auroc
 from ica_plugin.tools.noise import corrupted
 from ica_plugin.tools.page import write_page
 from runs import tokenised
@@ -63,7 +65,7 @@ def test_numbers_and_page(callback, tmp_path):
         callback.trainer.processing_class.decode(callback.train[numbers["best"][0]["row"]].sequences[0].tokens)
         == numbers["best"][0]["text"]
     )
-    write_page(tmp_path / "audit.html", "Audit", _sections(numbers), numbers)
+    write_page(tmp_path / "audit.html", "Audit", sections(numbers), numbers)
     page = (tmp_path / "audit.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "<script" not in page
     assert "0 ± 0.42 (two standard deviations) for the rank correlation of 24 rows" in page
@@ -89,7 +91,7 @@ def test_several_holdout_sets_are_scored_as_a_run_scores_them(tmp_path):
     sets = [{"name": name, "path": str(tmp_path / name)} for name in ("maths", "code")]
     callback = make_callback(tmp_path / "run", {"k": 2, "score": "ica + likelihood", "holdout": sets})
     numbers = audit_numbers(callback, rows=30, planted=10, scorers=["ica", "rho"])
-    callback.files = ScoreFile(tmp_path / "scores.parquet")
+    callback.refresh.files = ScoreFile(tmp_path / "scores.parquet")
     callback.refresh(list(range(30)), shared=False)
     np.testing.assert_allclose(numbers["values"]["ica + likelihood"], callback.state.scores, rtol=1e-5)
     assert all(0 <= line[name] <= 1 for line in numbers["noise"] for name in ("ica", "rho", "ica + likelihood"))
@@ -100,15 +102,30 @@ def test_several_holdout_sets_are_scored_as_a_run_scores_them(tmp_path):
 def test_page_without_any_corruption_says_so(callback, tmp_path):
     numbers = audit_numbers(callback, rows=20, planted=4, scorers=["likelihood"])
     assert numbers["noise"] == [] and numbers["noise left out"]
-    write_page(tmp_path / "audit.html", "Audit", _sections(numbers), numbers)
+    write_page(tmp_path / "audit.html", "Audit", sections(numbers), numbers)
     page = (tmp_path / "audit.html").read_text()
     assert "Planted noise" in page and "another row&#39;s answer, which only" in page
 
 
-def test_agreement_andauroc():
+def test_a_scorer_without_a_finite_score_is_said_to_have_none(tmp_path):
+    """No demonstration fits the model's context, so that ICA has no score for any row; `np.quantile([])` raised an IndexError."""
+    callback = make_callback(tmp_path, {"k": 2}, tokenised(8, 9))
+    longest = int(callback.train.longest.max())
+    callback.trainer.model.config.max_position_embeddings = longest + 1
+    for scorers in (["likelihood"], ["one_shot"]):  # beside one that has scores, and where none has any
+        numbers = audit_numbers(callback, rows=20, planted=5, scorers=scorers)
+        described = {line["scorer"]: line for line in numbers["scores"]}
+        assert described["ica"]["without a score"] == 20 and described["ica"]["mean"] is described["ica"]["q50"] is None
+        assert numbers["best"] == numbers["worst"] == []
+        write_page(tmp_path / "audit.html", "Audit", sections(numbers), numbers)
+        assert "Without any finite score: " in (tmp_path / "audit.html").read_text()
+    assert described["one_shot"]["mean"] is None
+
+
+def test_agreement_and_auroc():
     a = np.arange(20.0)
-    assert _agreement(a, a) == {"rank correlation": 1.0, "best tenth shared": 1.0, "worst tenth shared": 1.0}
-    assert _agreement(a, -a)["best tenth shared"] == 0.0 and _agreement(a, np.ones(20))["rank correlation"] is None
+    assert agreement(a, a) == {"rank correlation": 1.0, "best tenth shared": 1.0, "worst tenth shared": 1.0}
+    assert agreement(a, -a)["best tenth shared"] == 0.0 and agreement(a, np.ones(20))["rank correlation"] is None
     assert auroc(np.array([3.0, 2, 1, 0]), 2) == 1.0 and auroc(np.array([1.0, 1, 1, 1]), 2) == 0.5
     assert auroc(np.array([2.0, 0, 1, np.nan]), 2) == 0.5
 

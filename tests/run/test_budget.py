@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from checks import callback_of
-from ica_plugin.config import ICAConfig, parse_config
-from ica_plugin.data.store import Example, Sequence
+from ica_plugin.config import parse_config
 from ica_plugin.errors import ICAError
 from ica_plugin.run import budget as budget_module
 from ica_plugin.run.budget import Allowance, affordable, spread
-from ica_plugin.weighting.neighbours import Neighbours, row_features
+from ica_plugin.run.files import RunFiles
 from processes import torchrun
 from runs import ROWS, refreshes, run
-
-
-def block(**keys) -> ICAConfig:
-    return ICAConfig(holdout="unused", budget=0.05, **keys)
 
 
 @pytest.mark.parametrize("value", [0, 1, 1.5, -0.1, "much"])
@@ -104,52 +99,16 @@ def test_rows_by_what_rows_took(clock):
     assert allowance.rows(0.5) == int(0.9 * 80)
 
 
-# Neighbours.
-
-
-def two_topics(n: int = 60):
-    """Rows over two disjoint vocabularies; the first topic's scores are high."""
-    rng = np.random.default_rng(0)
-    rows, scores = [], []
-    for i in range(n):
-        topic = i % 2
-        tokens = rng.integers(5 + 20 * topic, 25 + 20 * topic, size=16)
-        rows.append(Example((Sequence(tokens, np.arange(16) >= 6),), "sft"))
-        scores.append(5.0 * (1 - topic) + rng.normal(scale=0.3))
-    torch.manual_seed(0)
-    embedding = torch.nn.Embedding(64, 32)
-    return rows, np.array(scores), row_features(embedding, rows), np.full(n, 10)
-
-
-@pytest.mark.parametrize("weighting", ["softmax", "rank", "top"])
-def test_neighbours_suggest_the_weight_of_their_topic(weighting):
-    rows, scores, features, tokens = two_topics()
-    neighbours = Neighbours(features, tokens, block(weighting=weighting), by_token=True)
-    scored = np.arange(24)
-    neighbours.add(scored, scores[scored], np.zeros(24, bool))
-    weights, correlation = neighbours.weigh(np.arange(60))
-    assert weights.values.mean() == pytest.approx(1)
-    others = weights.values[24:]
-    assert others[::2].mean() > 1.4 * others[1::2].mean()
-    assert correlation > 0.5
-
-
-def test_without_any_score_all_weights_are_one():
-    rows, scores, features, tokens = two_topics(8)
-    tokens[3] = 0
-    weights, correlation = Neighbours(features, tokens, block(), by_token=True).weigh(np.arange(8))
-    assert weights.values.tolist() == [1, 1, 1, 0, 1, 1, 1, 1] and correlation is None
-
-
-def test_scored_rows_keep_their_order_and_nan_is_weight_zero():
-    rows, scores, features, tokens = two_topics()
-    scores[0] = np.nan
-    neighbours = Neighbours(features, tokens, block(), by_token=False)
-    neighbours.add(np.arange(30), scores[:30], np.zeros(30, bool))
-    weights, _ = neighbours.weigh(np.arange(60))
-    assert weights.values[0] == 0 and weights.bad[0] and weights.bad.sum() == 1
-    assert (np.argsort(weights.values[1:30]) == np.argsort(scores[1:30])).all()
-    assert weights.values.mean() == pytest.approx(1)
+def test_what_comes_after_scoring_is_kept_back_of_the_next_refresh(clock):
+    allowance = Allowance(0.1, 0, 100)
+    allowance.open(0, 50)
+    allowance.step_seconds = 1.0
+    allowance.scored(10, 1.0)
+    clock.wait(3)  # weights are given and files are written
+    allowance.close()
+    clock.wait(50)
+    allowance.open(50, 100)
+    assert allowance.left == pytest.approx(10 - 3) and allowance.rows(1.0) == int(0.9 * (7 - 3) * 10)
 
 
 # Whole runs.
@@ -178,6 +137,24 @@ def test_scoring_stays_within_its_share(tmp_path, interval):
     assert np.array_equal(table["score"].notna(), table["demos"].map(len) > 0)
 
 
+def test_the_time_that_files_take_is_scoring_time(tmp_path, monkeypatch):
+    """It was taken for training time, of which the budget is a share: the more was written, the more was scored."""
+    now, late = time.monotonic, [0.0]
+    add_scores = RunFiles.add_scores
+
+    def slowly(*args, **kwargs):
+        add_scores(*args, **kwargs)
+        late[0] += 50
+
+    monkeypatch.setattr(RunFiles, "add_scores", slowly)
+    monkeypatch.setattr(time, "monotonic", lambda: now() + late[0])
+    run(tmp_path, {"refresh_interval": "epoch", "budget": 0.5}, num_train_epochs=3, gradient_accumulation_steps=1)
+    found = record(tmp_path)
+    assert found["scoring_seconds"] > 150 and found["training_seconds"] < 50
+    table = pq.read_table(tmp_path / "ica" / "scores.parquet").to_pandas()
+    assert table["refresh"].nunique() == 3 and table.loc[table["refresh"] > 0, "score"].isna().all()
+
+
 def test_a_large_budget_scores_every_row_as_without_one(tmp_path):
     run(tmp_path / "budget", {"budget": 0.99}, num_train_epochs=100, max_steps=400, gradient_accumulation_steps=1)
     run(tmp_path / "plain", {}, max_steps=1)
@@ -193,7 +170,8 @@ def test_a_resumed_run_remembers_scored_rows(tmp_path):
     ica = {"refresh_interval": 10, "budget": 0.3}
     whole = callback_of(run(tmp_path / "a", ica, **settings))
     resumed = callback_of(run(tmp_path / "b", ica, resume=str(tmp_path / "a" / "checkpoint-55"), **settings))
-    assert whole.state.counts == resumed.state.counts
+    first, second = whole.state.counts, resumed.state.counts
+    assert first.refreshes == second.refreshes and first.weighted_rows == second.weighted_rows
     assert not resumed.weights.isnan().any()
     assert np.isfinite(resumed.state.scores).sum() > 0
 

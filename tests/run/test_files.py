@@ -1,0 +1,106 @@
+"""Scores on disk: a part for each refresh, one file in the end, readable at any time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from checks import callback_of
+from ica_plugin.data.scores import read_scores, score_files
+from ica_plugin.data.weights_file import read_weights
+from ica_plugin.run.files import RunFiles
+from ica_plugin.tools.report import write_report
+from runs import ROWS, run
+
+
+def refresh(number: int, rows: int = 4, **further) -> dict:
+    return {
+        "row": np.arange(rows),
+        "refresh": np.full(rows, number),
+        "step": np.full(rows, 10 * number),
+        "base_logprob": np.full(rows, -1.0),
+        "context_logprob": np.full(rows, -0.5),
+        "score": np.arange(rows) + number / 10,
+        "weight": np.full(rows, 1.0 + number),
+        "tokens": np.full(rows, 7),
+        "demos": [[1, 2]] * rows,
+        **further,
+    }
+
+
+def written_bytes(monkeypatch, files: RunFiles, refreshes: int) -> int:
+    """What `refreshes` refreshes write in all."""
+    host, sizes = pq.write_table, []
+
+    def counted(table, path, *args, **kwargs):
+        host(table, path, *args, **kwargs)
+        sizes.append(path.stat().st_size)
+
+    monkeypatch.setattr("ica_plugin.run.files.pq.write_table", counted)
+    for number in range(refreshes):
+        files.add_scores(refresh(number, 64))
+    monkeypatch.undo()
+    return sum(sizes)
+
+
+def test_a_refresh_writes_its_own_rows_alone(tmp_path, monkeypatch):
+    few, many = (written_bytes(monkeypatch, RunFiles(tmp_path / str(n)), n) for n in (10, 40))
+    assert many < 4.2 * few, "four times the refreshes, four times the bytes"
+
+
+def test_parts_are_read_with_the_file_and_become_one_in_the_end(tmp_path):
+    files = RunFiles(tmp_path)
+    files.moved_rows = "shuffled"
+    for number in range(12):
+        files.add_scores(refresh(number, **({"rds": np.ones(4)} if number > 5 else {})))
+    before = read_scores(tmp_path / "ica" / "scores.parquet")
+    assert len(score_files(tmp_path / "ica")) == 12 and before["refresh"].to_pylist() == sorted([*range(12)] * 4)
+    assert read_weights(str(tmp_path / "ica" / "scores.parquet"), 4).tolist() == [12.0] * 4
+    files.merge()
+    assert sorted(path.name for path in (tmp_path / "ica").iterdir()) == ["scores.parquet"]
+    after = pq.read_table(tmp_path / "ica" / "scores.parquet")
+    assert after.select(before.column_names).to_pylist() == before.to_pylist()
+    assert after["rds"].null_count == 24 and after.schema.metadata[b"ica_moved_rows"] == b"shuffled"
+
+
+def test_a_resumed_run_keeps_what_it_goes_on_with(tmp_path):
+    for merged in (False, True):
+        files = RunFiles(tmp_path / str(merged))
+        for number in range(5):
+            files.add_scores(refresh(number))
+        if merged:
+            files.merge()
+        again = RunFiles(tmp_path / str(merged))
+        again.keep_scores(3)
+        again.add_scores(refresh(3))
+        table = read_scores(tmp_path / str(merged) / "ica" / "scores.parquet")
+        assert table["refresh"].to_pylist() == sorted([*range(4)] * 4)
+
+
+def test_a_new_run_in_the_same_folder_begins_anew(tmp_path):
+    files = RunFiles(tmp_path)
+    for number in range(3):
+        files.add_scores(refresh(number))
+    RunFiles(tmp_path).add_scores(refresh(0, 2))
+    assert len(read_scores(tmp_path / "ica" / "scores.parquet")) == 2
+
+
+def test_a_damaged_part_is_named_and_the_others_stay(tmp_path, capfd):
+    files = RunFiles(tmp_path)
+    for number in range(3):
+        files.add_scores(refresh(number))
+    part = score_files(tmp_path / "ica")[1]
+    part.write_bytes(part.read_bytes()[:20])
+    RunFiles(tmp_path).keep_scores(3)
+    assert "000001.parquet cannot be read" in capfd.readouterr().err
+    assert set(read_scores(tmp_path / "ica" / "scores.parquet")["refresh"].to_pylist()) == {0, 2}
+
+
+@pytest.mark.parametrize("steps", [None, 7])
+def test_a_run_that_ended_has_one_file_and_a_report(tmp_path, steps):
+    trainer = run(tmp_path, {"refresh_interval": 2}, **({} if steps is None else {"max_steps": steps}))
+    assert [path.name for path in score_files(tmp_path / "ica")] == ["scores.parquet"]
+    table = pq.read_table(tmp_path / "ica" / "scores.parquet")
+    assert len(set(table["refresh"].to_pylist())) == callback_of(trainer).state.counts.refreshes > 2
+    assert set(table["row"].to_pylist()) <= set(range(ROWS)) and write_report(tmp_path).is_file()
