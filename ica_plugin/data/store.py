@@ -132,7 +132,7 @@ class Rows(collections.abc.Sequence[Example]):
     def __getitem__(self, index: slice | np.ndarray | list[int]) -> Rows: ...
 
     def __getitem__(self, index):
-        if isinstance(index, (slice, list)) or np.ndim(index):
+        if isinstance(index, (slice, list, np.ndarray)):
             if isinstance(index, list):
                 index = np.array(index, np.int64)
             at = np.arange(len(self._desirable)) if self._picked is None else self._picked
@@ -165,10 +165,17 @@ class Rows(collections.abc.Sequence[Example]):
 
     def _sums(self, values: np.ndarray) -> np.ndarray:
         """int64 [n, sides]: sums of a value of each token."""
-        lengths, sums = np.diff(self._starts), np.zeros(len(self._starts) - 1, np.int64)
-        if lengths.any():
-            # `reduceat` gives an empty part the value at its start, so only the others are asked for.
-            sums[lengths > 0] = np.add.reduceat(values, self._starts[:-1][lengths > 0], dtype=np.int64)
+        starts, sums = self._starts, np.zeros(len(self._starts) - 1, np.int64)
+        first = 0
+        while first < len(sums):
+            # As many sequences as make a block, so that the copy in int64 (which `reduceat` makes slowly itself) stays small.
+            last = max(int(np.searchsorted(starts, starts[first] + TOKENS_PER_BLOCK, "right")) - 1, first + 1)
+            here = starts[first:last]
+            block = values[here[0] : starts[last]].astype(np.int64)
+            some = starts[first + 1 : last + 1] > here  # an empty part would get the value at its start
+            if some.any():
+                sums[first:last][some] = np.add.reduceat(block, (here - here[0])[some])
+            first = last
         return self._of_rows(sums)
 
     @cached_property

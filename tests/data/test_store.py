@@ -6,6 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from ica_plugin.data import store
 from ica_plugin.data.holdout import check_holdout
 from ica_plugin.data.store import Example, Rows, Sequence, scored_tokens
 from ica_plugin.errors import ICAError
@@ -55,6 +56,17 @@ def test_rows_are_the_examples_and_know_their_facts(kind):
     with pytest.raises(IndexError):
         rows[len(plain)]
     assert rows[np.int64(2)].sequences[0].digest == plain[2].sequences[0].digest
+
+
+@pytest.mark.parametrize("block", [1, 7, 40])
+def test_facts_are_summed_in_blocks_of_any_size(monkeypatch, block):
+    plain = examples("pair", 30)
+    expected = Rows.of(plain).digest
+    monkeypatch.setattr(store, "TOKENS_PER_BLOCK", block)
+    rows = Rows.of(plain)
+    assert rows.supervised.tolist() == [row.supervised_tokens if row.can_be_scored else 0 for row in plain]
+    assert rows.token_sums.tolist() == [[int(s.tokens.sum()) for s in row.sequences] for row in plain]
+    assert rows.digest == expected == Rows.of(plain)[::-1][::-1].digest
 
 
 def test_no_rows():

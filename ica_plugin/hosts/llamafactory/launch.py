@@ -36,7 +36,8 @@ def _run_command() -> Any:
     worker = "LOCAL_RANK" in os.environ
     given = sys.argv[1:]
     if given[:1] != ["train"] and not (worker and given and given[0].endswith((".yaml", ".yml", ".json"))):
-        return cli.main()
+        cli.main()
+        return
     arguments = given[1:] if given[:1] == ["train"] else given
     sys.argv[1:] = arguments
     args = read_args()
@@ -46,10 +47,12 @@ def _run_command() -> Any:
     if worker:
         from llamafactory.train import tuner
 
-        return run_exp(args) if ours else tuner.run_exp(args)
+        (run_exp if ours else tuner.run_exp)(args)
+        return
     sys.argv[1:] = ["train", *arguments]
     if not ours:
-        return cli.main()
+        cli.main()
+        return
     with _launching(lambda: run_exp(args)):
         cli.main()
 
