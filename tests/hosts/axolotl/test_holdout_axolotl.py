@@ -74,7 +74,6 @@ def test_a_home_is_expanded(load, tmp_path, monkeypatch):
     assert (
         load("~/good.jsonl", datasets=train) == load({"path": "~/good.jsonl"}, datasets=train) == load(str(path), datasets=train)
     )
-    assert load({"path": "json", "data_files": ["~/good.jsonl"]}, datasets=train) == load(str(path), datasets=train)
 
 
 def test_no_key_of_an_entry_leaks():
