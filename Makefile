@@ -54,7 +54,7 @@ test-axolotl-next:
 	@echo "No Python 3.12 was found (looked for python3.12 and pyenv's), so the tests on Axolotl 0.21 did NOT run. Set PYTHON312=<path> to run them."
 else
 test-axolotl-next: .venv-axolotl-next/.done
-	.venv-axolotl-next/bin/python $(PYTEST) tests/axolotl_host/test_end_to_end.py tests/axolotl_host/test_trainers.py tests/trl_host
+	.venv-axolotl-next/bin/python $(PYTEST) tests/axolotl_host/test_end_to_end.py tests/axolotl_host/test_trainers.py tests/axolotl_host/test_golden_axolotl.py tests/trl_host
 endif
 
 # Known vulnerabilities of our direct dependencies; asks PyPI's advisory service.
