@@ -73,7 +73,7 @@ test-axolotl-next:
 	@echo "No Python 3.12 was found (looked for python3.12 and pyenv's), so the tests on Axolotl 0.21 did NOT run. Set PYTHON312=<path> to run them."
 else
 test-axolotl-next: .venv-axolotl-next/.done
-	.venv-axolotl-next/bin/python $(PYTEST) tests/hosts/axolotl/test_end_to_end.py tests/hosts/axolotl/test_trainers.py tests/hosts/trl
+	.venv-axolotl-next/bin/python $(PYTEST) tests/hosts/axolotl/test_end_to_end.py tests/hosts/axolotl/test_trainers.py tests/hosts/axolotl/test_golden_axolotl.py tests/hosts/trl
 endif
 
 # Known vulnerabilities of our direct dependencies; asks PyPI's advisory service.
