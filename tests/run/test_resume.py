@@ -21,6 +21,7 @@ import tiny
 from checks import callback_of, parameters, write_weights
 from ica_plugin.errors import ICAError
 from ica_plugin.run.checkpoint import STATE_FILE
+from ica_plugin.run.refresh import Refresh
 from runs import ROWS, build, refreshes, run, tokenised
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -196,7 +197,7 @@ def child(folder: Path, resume: str | None, phase, counts) -> None:
 
         return wrapped
 
-    callback.refresh = during("scoring", callback.refresh)
+    Refresh.__call__ = during("scoring", Refresh.__call__)
     trainer.training_step = during("step", trainer.training_step)
     trainer._save_checkpoint = during("checkpoint", trainer._save_checkpoint)
     trainer.train(resume_from_checkpoint=resume)
