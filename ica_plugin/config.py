@@ -11,6 +11,10 @@ from .errors import ICAError
 from .expression import BAND_SCORERS, SHOWS_DEMONSTRATIONS, parse_score, parts_of
 
 BUILTIN_RETRIEVAL = ("policy", "bm25", "random")
+# What `apply: auto` means where single rows can be drawn (docs/evidence.md).
+AUTO_APPLY: Literal["sample", "gradient"] = "sample"
+# Keys that mean nothing but with one weighting, so that giving one says which.
+IMPLIED_WEIGHTINGS = {"temperature": "softmax", "winsorize": "minmax", "keep": "top", "band": "band"}
 
 
 class Block(BaseModel):
@@ -74,7 +78,11 @@ class ICAConfig(Block):
         "window", description="What a refresh scores: the rows of the coming interval, or all rows."
     )
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Of `weighting: softmax`; lower is sharper.")
-    weighting: Literal["softmax", "minmax", "rank", "top", "band"] = Field("softmax", description="How scores become weights.")
+    weighting: Literal["auto", "softmax", "minmax", "rank", "top", "band"] = Field(
+        "auto",
+        description="How scores become weights: softmax | minmax | rank | top | band. auto: the one whose key is given (temperature, "
+        "winsorize, keep, band), else top where rows are drawn and rank where gradients are scaled.",
+    )
     winsorize: float = Field(
         0.01,
         ge=0,
@@ -86,7 +94,22 @@ class ICAConfig(Block):
         (0.25, 0.75), description="Of `weighting: band`: rows between these two quantiles are weighted alike; the rest is 0."
     )
     score: str = Field(
-        "ica", description="A scorer, or a sum as in `ica + likelihood` or `0.5*ica + likelihood`; see docs/scorers.md."
+        "auto",
+        description="A scorer, or a sum as in `ica + likelihood` or `0.5*ica + likelihood`; see docs/scorers.md. auto: ica + likelihood "
+        "for SFT, ica for pairs and KTO.",
+    )
+    apply: Literal["auto", "sample", "gradient"] = Field(
+        "auto",
+        description="sample (a row is trained as often as its weight says) | gradient (every row once, its gradient scaled). auto: "
+        "sample, and gradient where the host packs rows before training, so that single ones cannot be drawn.",
+    )
+    candidates: int = Field(
+        2,
+        ge=1,
+        description="Of `apply: sample` with a refresh in steps: rows scored per row trained; each once before any again.",
+    )
+    epoch_share: float = Field(
+        1.0, gt=0, le=1, description="Of `apply: sample`: places of an epoch as a share of the rows; below 1 a shorter run."
     )
     combine: Literal["rank", "zscore"] = Field("rank", description="How the scorers of a sum are put on one scale.")
     holdout_adapter: HoldoutAdapter = Field(
@@ -94,7 +117,7 @@ class ICAConfig(Block):
     )
     influence: Influence = Field(Influence(), description="Of `influence`: adam, truncate.")
     length_normalize: bool | None = Field(
-        None, description="Preference pairs: mean log-prob per token instead of the sum. Default: true for SimPO and ORPO."
+        None, description="Mean log-prob per token instead of the sum. Default: true for preference pairs."
     )
     retrieval: str = Field("policy", min_length=1, description="policy | bm25 | random | a sentence-transformers id or folder.")
     retrieval_groups: int | None = Field(
@@ -117,7 +140,7 @@ class ICAConfig(Block):
         "error", description="A checkpoint whose data, holdout, model or block differs: stop, or score all rows again."
     )
     seed: int = Field(
-        42, ge=0, description="Of random retrieval, the `random` scorer, the holdout adapter and `datainf`'s sample."
+        42, ge=0, description="Of the draws, random retrieval, the `random` scorer, the holdout adapter and `datainf`'s sample."
     )
 
     @field_validator("refresh_interval", mode="before")
@@ -142,6 +165,8 @@ class ICAConfig(Block):
     @field_validator("score")
     @classmethod
     def _check_score(cls, value: str) -> str:
+        if value.strip() == "auto":
+            return "auto"
         try:
             parse_score(value)
         except ICAError as error:
@@ -167,15 +192,41 @@ class ICAConfig(Block):
     def _check_source(self) -> ICAConfig:
         if self.holdout is None and self.weights is None:
             raise ValueError("`holdout` is required: a path, a hub id or a dataset entry (or give `weights`)")
-        if self.budget is not None and (self.score != "ica" or len(self.sets) > 1):
+        if self.epoch_share < 1 and self.apply == "gradient":
+            raise ValueError("`epoch_share` below 1 goes with `apply: sample`: set that, or remove it")
+        if self.budget is not None and (self.score not in ("auto", "ica") or len(self.sets) > 1):
             raise ValueError("`budget` goes with `score: ica` and one holdout alone; remove it, or the others")
+        implied = [name for key, name in IMPLIED_WEIGHTINGS.items() if key in self.model_fields_set]
+        if self.weighting == "auto" and len(implied) > 1:
+            raise ValueError(f"the keys of several weightings are given ({', '.join(implied)}); say which one with `weighting`")
         if (
             self.weighting == "band"
             and len(self.sets) > 1
+            and self.score != "auto"
             and BAND_SCORERS.keys() & {name for _, name in parse_score(self.score)}
         ):
             raise ValueError(f"`weighting: band` with `score: {self.score}` goes with one holdout alone; with several use `top`")
         return self
+
+    def resolved(self, kind: str, draws: bool) -> ICAConfig:
+        """The block with what the evidence says in place of every `auto` (docs/evidence.md).
+
+        Args:
+            kind: of the run's rows: sft, pair or unpaired.
+            draws: single rows can be drawn, so that `apply: auto` means `sample`.
+        """
+        apply = self.apply if self.apply != "auto" else AUTO_APPLY if draws else "gradient"
+        implied = next((name for key, name in IMPLIED_WEIGHTINGS.items() if key in self.model_fields_set), None)
+        weighting = implied or ("top" if apply == "sample" else "rank")
+        score = "ica + likelihood" if kind == "sft" and self.budget is None else "ica"
+        return self.model_copy(
+            update={
+                "apply": apply,
+                "weighting": weighting if self.weighting == "auto" else self.weighting,
+                "score": score if self.score == "auto" else self.score,
+                "length_normalize": kind == "pair" if self.length_normalize is None else self.length_normalize,
+            }
+        )
 
     @property
     def sets(self) -> dict[str, ICAConfig]:
@@ -192,7 +243,7 @@ class ICAConfig(Block):
     @property
     def shows_demonstrations(self) -> bool:
         """Whether a scorer of `score` needs each row's demonstrations."""
-        return not SHOWS_DEMONSTRATIONS.isdisjoint(parts_of(parse_score(self.score)))
+        return self.score == "auto" or not SHOWS_DEMONSTRATIONS.isdisjoint(parts_of(parse_score(self.score)))
 
     def interval_steps(self, total_steps: int) -> int | None:
         """Optimizer steps between refreshes; None where the interval is not counted in steps."""

@@ -16,9 +16,12 @@ from ..data.row_ids import NO_ROW, digest_of_ids, row_ids_of
 from ..data.store import Rows
 from ..data.weights_file import check_weights, read_weights
 from ..errors import ICAError
+from ..expression import parse_score, parts_of
 from ..log import get_logger
 from ..policy.model import model_context
-from ..training.refusals import loss_types, refuse_what_cannot_be_weighted
+from ..policy.reference import reference_of
+from ..scorers import require
+from ..training.refusals import refuse_what_cannot_be_weighted
 from ..training.wrap import Hooks
 from .callback import ICACallback
 from .checkpoint import facts_of
@@ -60,13 +63,16 @@ def attach_examples(
             len(train),
             unsupervised[0],
         )
+    config = _resolved(trainer, config, train, row_ids)
     given, holdout = None, Holdout([], [], [])
     if weights is not None or config.weights is not None:
         given = _given_weights(trainer, weights, config, row_ids, train, moved_rows)
     else:
+        # Before the holdout is read and anything is scored.
+        require(parts_of(parse_score(config.score)), trainer.model, train.kind, reference_of(trainer))
         context = model_context(trainer.model)
         holdout = joined({name: check_holdout(*read_holdout(one), train, context) for name, one in config.sets.items()})
-    callback = ICACallback(trainer, config, train, holdout, given=given, length_normalize=_length_normalize(trainer, config))
+    callback = ICACallback(trainer, config, train, holdout, given=given, length_normalize=bool(config.length_normalize))
     callback.ranks.agree(facts_of(config, train, holdout, given) | {"row ids": digest_of_ids(row_ids)})
     callback.files.moved_rows = moved_rows
     callback.hooks = Hooks(trainer, row_ids, train, callback)
@@ -74,13 +80,26 @@ def attach_examples(
     return callback
 
 
-def _length_normalize(trainer: Trainer, config: ICAConfig) -> bool:
-    if config.length_normalize is not None:
-        return config.length_normalize
-    return bool(loss_types(trainer) & LENGTH_NORMALIZED_LOSSES)
+def _resolved(trainer: Trainer, config: ICAConfig, train: Rows, row_ids: list[Any]) -> ICAConfig:
+    """The block without `auto`; the log says what was chosen where rows cannot be drawn.
 
-
-LENGTH_NORMALIZED_LOSSES = {"simpo", "orpo", "sigmoid_norm"}
+    Raises:
+        ICAError: `apply: sample`, and rows that cannot be drawn.
+    """
+    why = ""
+    if np.ndim(row_ids[0]) == 1:
+        why = "the rows were packed before the trainer was built, so no single row can be drawn"
+    elif trainer.accelerator.dispatch_batches:
+        why = "one process fetches the batches of all (`dispatch_batches: true`), so rows cannot be drawn on every rank alike"
+    if why and (config.apply == "sample" or config.epoch_share < 1):
+        raise ICAError(
+            f"ica.apply: sample: {why}. Switch that off (Axolotl's `sample_packing` can stay: it packs what is drawn), or set "
+            "`apply: gradient`."
+        )
+    resolved = config.resolved(train.kind, draws=not why)
+    if why and config.apply == "auto":
+        get_logger().info("apply: gradient, since %s: each is trained once, and its gradient scaled.", why)
+    return resolved
 
 
 def _given_weights(

@@ -148,7 +148,12 @@ class Budgeted:
                 self.holdout = self.holdout.part([shown[i] for i in kept])
             self.embed([prompts[i] for i in kept], engine.embeddings)
         features = row_features(engine.input_embeddings, self._train)
-        neighbours = Neighbours(features, self._train.supervised, self._config, by_token=self._train.kind == "sft")
+        neighbours = Neighbours(
+            features,
+            self._train.supervised,
+            self._config,
+            by_token=self._train.kind == "sft" and self._config.apply == "gradient",
+        )
         before = np.flatnonzero(np.isfinite(self._known))
         neighbours.add(before, self._known[before], np.zeros(len(before), bool))
         allowance.set_up()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..training.wrap import Hooks
 from .budget import within_budget
 from .checkpoint import Checkpoints, fingerprint
 from .clock import Clock
+from .drawing import Drawing
 from .files import RunFiles
 from .ranks import Ranks
 from .record import run_record
@@ -34,7 +36,7 @@ class ICACallback(TrainerCallback):
 
     Args:
         trainer: the host's.
-        config: the block.
+        config: the block, without `auto`.
         train: every row of `trainer.train_dataset`, in its order.
         holdout: checked holdout; empty with given weights.
         given: float64 [n] weights that replace scoring.
@@ -44,6 +46,7 @@ class ICACallback(TrainerCallback):
         scoring: what is asked of the policy.
         state: weights, scores and demonstrations of the rows.
         refresh: scores rows and gives them weights.
+        drawing: draws rows by weight; None where gradients are scaled.
         hooks: what is hooked on the trainer.
     """
 
@@ -64,15 +67,23 @@ class ICACallback(TrainerCallback):
         self.hooks: Hooks | None = None
         self._report = Report(trainer, config)
         self.refresh = Refresh(self.scoring, self.state, self.ranks, self.clock, RunFiles(trainer.args.output_dir), self._report)
+        self.drawing = (
+            Drawing(trainer, config, self.state, self.schedule, self.refresh, self.ranks, self._report)
+            if config.apply == "sample"
+            else None
+        )
         self.checkpoints = Checkpoints(
             config,
             self.ranks,
             self.state,
             self.schedule,
             self.clock,
+            self.drawing,
             lambda: fingerprint(config, train, holdout, given, trainer.model),
         )
-        self._before_update = BeforeUpdate(trainer, self.schedule, self.refresh, self.state, self.ranks, self._report)
+        self._before_update = BeforeUpdate(
+            trainer, self.schedule, self.refresh, self.state, self.ranks, self._report, self.drawing
+        )
         self._given = given is not None
         self._injection: GradientInjection | None = None
 
@@ -91,15 +102,19 @@ class ICACallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._injection is not None:  # the trainer starts over, as after auto_find_batch_size
             self._injection.remove()
-        self._injection = GradientInjection(self.trainer.model)
+        self._injection = GradientInjection(self.trainer.model) if self.drawing is None else None
         if self.scoring.follow_model():
             self.state.demonstrations = None
         self.clock.begin()
         self.schedule.begin(state.max_steps)
+        if self.drawing is not None:
+            self.drawing.begin(kwargs.get("train_dataloader"), scores=not self._given)
         # A checkpoint at an epoch's end goes on with the next one, and so does a run that skips no data.
         resumed = self.checkpoints.resume(mid_epoch=state.epoch % 1 > 0 and not args.ignore_data_skip)
         if self._given:
             self._report.given(self.weights.double().numpy())
+            if self.drawing is not None and self.ranks.is_main:
+                self.refresh.record_given()
             return
         if resumed and self.ranks.is_main:
             self.files.keep_scores(self.state.counts.refreshes)
@@ -111,7 +126,8 @@ class ICACallback(TrainerCallback):
         self._before_update.begin_epoch()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.injection.check_gradients()
+        if self._injection is not None:
+            self._injection.check_gradients()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.schedule.end_step(state.global_step)
@@ -121,7 +137,8 @@ class ICACallback(TrainerCallback):
         if self.ranks.is_main:
             self.files.merge()
         self._write_run()
-        self.injection.remove()
+        if self._injection is not None:
+            self._injection.remove()
         if self.hooks is not None:
             self.hooks.remove()
 
@@ -146,6 +163,17 @@ class ICACallback(TrainerCallback):
             raise ICAError("a training step ran outside `trainer.train()`, before any row was scored.")
         return self._injection
 
+    def under(self, loader: Any) -> Any:
+        """The host's train loader, under which rows are drawn if they are."""
+        return loader if self.drawing is None else self.drawing.under(loader)
+
+    def applied(self, rows: torch.Tensor) -> AbstractContextManager[None]:
+        """Around the loss of a batch: its rows' gradients are scaled, or, where rows are drawn, that these were drawn is checked."""
+        if self.drawing is None:
+            return self.injection.scaling(self.training_weights(rows))
+        self.drawing.check(rows)
+        return nullcontext()
+
     def training_weights(self, rows: torch.Tensor) -> torch.Tensor:
         """See `RowState.weights_of`."""
         return self.state.weights_of(rows)
@@ -161,4 +189,4 @@ class ICACallback(TrainerCallback):
 
     def _write_run(self) -> None:
         if self.ranks.is_main:
-            self.files.write_run(run_record(self.refresh, self.clock))
+            self.files.write_run(run_record(self.refresh, self.clock, self.drawing))

@@ -23,6 +23,7 @@ from ..data.store import Rows
 from ..errors import ICAError
 from ..log import get_logger
 from .clock import Clock
+from .drawing import Drawing
 from .ranks import Ranks
 from .schedule import Schedule
 from .state import RowState
@@ -90,6 +91,7 @@ class Checkpoints:
         config: `on_resume_mismatch`.
         ranks: the run's processes.
         state, schedule, clock: what is kept.
+        drawing: kept too, where rows are drawn.
         fingerprint: makes what must be the same for a checkpoint to be the run's own; called at most once.
     """
 
@@ -100,10 +102,11 @@ class Checkpoints:
         state: RowState,
         schedule: Schedule,
         clock: Clock,
+        drawing: Drawing | None,
         fingerprint: Callable[[], dict[str, Any]],
     ):
         self._config, self._ranks = config, ranks
-        self._state, self._schedule, self._clock = state, schedule, clock
+        self._state, self._schedule, self._clock, self._drawing = state, schedule, clock, drawing
         self._make_fingerprint = fingerprint
         self._pending: Checkpoint | None = None
 
@@ -121,7 +124,10 @@ class Checkpoints:
             **self._state.record(),
             **self._schedule.record(),
         }
-        Checkpoint(self._state.tensors(), record).save(folder)
+        tensors = self._state.tensors()
+        if self._drawing is not None:
+            tensors, record = tensors | self._drawing.tensors(), record | self._drawing.record()
+        Checkpoint(tensors, record).save(folder)
 
     def load(self, folder: str) -> None:
         """Read the state of the checkpoint that the trainer resumes from; collective over all ranks.
@@ -157,6 +163,8 @@ class Checkpoints:
         self._state.restore(tensors, record)
         self._clock.resume(record["training_seconds"], record["scoring_seconds"])
         self._schedule.resume(record, mid_epoch)
+        if self._drawing is not None:
+            self._drawing.restore(tensors, record)
         get_logger().info("resumed at step %d with the weights of %d refresh(es).", record["step"], self._state.counts.refreshes)
         return True
 

@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
         ("weight", pa.float32()),
         ("tokens", pa.int64()),
         ("demos", pa.list_(pa.int64())),
+        ("draws", pa.int64()),
     ]
 )
 
@@ -58,7 +59,8 @@ class RunFiles:
         self.folder = Path(output_dir) / "ica"
         self.moved_rows = ""
         self._new = True
-        self._unwritten: list[pa.Table] = []
+        self._part: list[pa.Table] = []  # what the part in hand holds: one refresh, or more where the disk was full
+        self._safe = True  # it is on the disk
 
     def add_scores(self, columns: dict[str, Any]) -> None:
         """Add the rows of one refresh.
@@ -70,13 +72,37 @@ class RunFiles:
             for path in score_files(self.folder):
                 path.unlink(missing_ok=True)
         self._new = False
-        self._unwritten.append(score_table(columns))
-        first = self._unwritten[0]["refresh"][0].as_py()
+        self._part = [*([] if self._safe else self._part), score_table(columns)]
+        self._write_part()
+
+    def set_draws(self, draws: np.ndarray) -> None:
+        """Say of the rows of the newest refresh how often each is trained since; `draws`: int [train rows]."""
+        if not self._part:
+            self._take_newest()
+        if self._part:
+            newest = self._part[-1]
+            column = pa.array(draws[newest["row"].to_numpy()], pa.int64())
+            self._part[-1] = newest.set_column(newest.column_names.index("draws"), "draws", column)
+            self._write_part()
+
+    def _write_part(self) -> None:
+        first = self._part[0]["refresh"][0].as_py()
         name = SCORES if first == 0 or not (self.folder / SCORES).exists() else f"{PARTS}/{first:06d}.parquet"
-        table = pa.concat_tables(self._unwritten, promote_options="default")
+        table = pa.concat_tables(self._part, promote_options="default")
         table = table.replace_schema_metadata({MOVED_ROWS: self.moved_rows} if self.moved_rows else None)
-        if self._write(name, lambda path: pq.write_table(table, path)):
-            self._unwritten = []
+        self._safe = self._write(name, lambda path: pq.write_table(table, path))
+
+    def _take_newest(self) -> None:
+        """Take the newest refresh in hand, out of the file that a run before a resume may have merged it into."""
+        files = score_files(self.folder)
+        if not files:
+            return
+        table = pq.read_table(files[-1])
+        newest = pc.equal(table["refresh"], pc.max(table["refresh"]))
+        rest = table.filter(pc.invert(newest))
+        self._part = [table.filter(newest)]
+        if len(rest) and self._write(files[-1].name, partial(pq.write_table, rest)):
+            self._write_part()
 
     def keep_scores(self, refreshes: int) -> None:
         """Keep of the scores here the first `refreshes` refreshes: a resumed run goes on from there."""

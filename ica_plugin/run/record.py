@@ -6,20 +6,25 @@ from typing import Any
 
 from ..data.public import public_block
 from .clock import Clock
+from .drawing import Drawing
 from .refresh import Refresh
 
 
-def run_record(refresh: Refresh, clock: Clock) -> dict[str, Any]:
+def run_record(refresh: Refresh, clock: Clock, drawing: Drawing | None) -> dict[str, Any]:
     """The content of run.json, but for the versions.
 
     Args:
         refresh: of the run, with what it scores and what it knows of the rows.
         clock: of the run.
+        drawing: of the run, where rows are drawn.
     """
     scoring, counts = refresh.scoring, refresh.state.counts
     return {
         "config": public_block(scoring.config),
         "length_normalize": scoring.length_normalize,
+        "apply": scoring.config.apply,
+        "distinct_rows": None if drawing is None else int(drawing.ever.sum()),
+        "never_drawn": None if drawing is None else int((~drawing.ever).sum()),
         "rows": len(scoring.train),
         "holdout_rows": len(scoring.holdout.examples),
         "rows_in_holdout": scoring.holdout.rows_in_train,

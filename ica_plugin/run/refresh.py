@@ -125,9 +125,8 @@ class Refresh:
         shows = config.shows_demonstrations
         neutral = np.array([shows and not shown for shown in self.state.shown(rows)])
         if self.budgeted is None:
-            by_token = self.scoring.train.kind == "sft"
             return weights_from_scores(
-                columns["score"], config, tokens=self.tokens[rows], by_token=by_token, neutral=neutral, rows=rows
+                columns["score"], config, tokens=self.tokens[rows], by_token=self.scoring.by_token, neutral=neutral, rows=rows
             )
         weights, self.neighbour_correlation = self.budgeted.weigh(columns, neutral)
         return weights
@@ -147,9 +146,20 @@ class Refresh:
             "score": columns["score"],
             "weight": weights.values,
             "tokens": self.tokens[rows],
+            "draws": np.full(len(rows), 0 if self.scoring.config.apply == "sample" else 1),
             "demos": [shown if now else [] for shown, now in zip(self.state.shown(rows), scored, strict=True)],
             **further,
         }
+
+    def record_given(self) -> None:
+        """Write given weights where scores would be, so that it can be seen how often each row is drawn."""
+        rows = np.arange(len(self.state))
+        nothing = np.full(len(rows), np.nan)
+        values = self.state.weights.double().numpy()
+        columns = {"row": rows, "base": nothing, "context": nothing, "score": nothing, "scored": np.zeros(len(rows), bool)}
+        written = self._written(columns, Weights(values, np.zeros(len(rows), bool), np.zeros(len(rows), bool)))
+        # A resumed run writes what it wrote when it began.
+        self.files.add_scores({**written, "step": np.zeros(len(rows), int), "draws": self.state.draws.numpy()})
 
     def _tell(self, columns: Columns, weights: Weights, seconds: float) -> None:
         counts, clock = self.state.counts, self._clock

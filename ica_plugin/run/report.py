@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from ..weighting.weights import Weights
 
 # Weights within fewer rows than this say little.
 FEW_ROWS = 16
+# Under Adam, a step below this share of its length is warned about.
+SHORT_STEP = 0.7
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Report:
             100 * weights.effective_sample_size,
             100 * share_clipped,
         )
+        self._say_what_adam_does(weights.effective_sample_size)
         if refresh.flat:
             get_logger().warning(
                 "%s: every row has the same score, so it tells no row from another%s. The policy has not moved from its reference yet, "
@@ -116,7 +120,36 @@ class Report:
             values.max(),
             100 * size,
         )
+        self._say_what_adam_does(size)
         self._log({"ica/effective_sample_size": size})
+
+    def _say_what_adam_does(self, size: float) -> None:
+        """Adam divides a constant scale out, so what unequal weights take from the noise they take from the step: about √ESS."""
+        optimizer = type(
+            getattr(self._trainer.optimizer, "optimizer", self._trainer.optimizer)
+        ).__name__  # below accelerate's wrapper
+        factor = size**0.5
+        if self._config.apply != "gradient" or factor > 0.995 or "adam" not in optimizer.lower():
+            return
+        get_logger().log(
+            logging.WARNING if factor < SHORT_STEP else logging.INFO,
+            "under %s these weights shorten the step to about %.2f of its length where gradients are noisy (√ of the effective sample "
+            "size). Raise the learning rate by as much, or use `apply: sample`, which costs no step.",
+            optimizer,
+            factor,
+        )
+
+    def drawn(self, draws: np.ndarray) -> None:
+        """Say who will be trained how often. `draws`: int [rows], in the epoch or window that begins."""
+        distinct, places = int((draws > 0).sum()), int(draws.sum())
+        get_logger().info(
+            "%d places from step %d on: %d distinct rows drawn, the most often drawn %d times.",
+            places,
+            self._trainer.state.global_step,
+            distinct,
+            draws.max(),
+        )
+        self._log({"ica/distinct_share": distinct / max(places, 1)})
 
     def small_window(self, rows: int, train_rows: int) -> None:
         """Warn where a window has too few rows to weigh them against each other."""

@@ -39,6 +39,11 @@ class Scoring:
         self._kept: dict[str, Any] = {}  # what scorers keep between refreshes
 
     @property
+    def by_token(self) -> bool:
+        """Whether weights have mean 1 over supervised tokens, as a token-mean loss needs it, or over rows, as drawing does."""
+        return self.train.kind == "sft" and self.config.apply == "gradient"
+
+    @property
     def engine(self) -> Engine:
         """The policy's log-probs."""
         if self._engine is None:

@@ -37,6 +37,7 @@ class RowState:
         weights: float32 [rows]; NaN where a row has none yet.
         scores: float64 [rows]; NaN where a row was never scored.
         refresh: int32 [rows], the refresh that gave each row its weight; −1 where none did.
+        draws: int32 [rows], times each row is trained since it was last scored, with `apply: sample`.
         demonstrations: int32 [rows, most], the holdout rows that each row is shown, filled up with −1; None before they were
             looked for.
         counts: what was done so far.
@@ -46,6 +47,7 @@ class RowState:
         self.weights = torch.full((rows,), torch.nan) if given is None else torch.from_numpy(given).float()
         self.scores = torch.full((rows,), torch.nan, dtype=torch.float64)
         self.refresh = torch.full((rows,), -1, dtype=torch.int32)
+        self.draws = torch.zeros(rows, dtype=torch.int32)
         self.demonstrations: torch.Tensor | None = None
         self.counts = Counts()
 
@@ -84,6 +86,7 @@ class RowState:
         index = torch.from_numpy(rows)
         self.weights[index] = torch.from_numpy(weights).float()
         self.refresh[index] = self.counts.refreshes
+        self.draws[index] = 0
         self.scores[index[scored]] = torch.from_numpy(scores[scored])
         self.counts.scored_rows += int(scored.sum())
         self.counts.weighted_rows += len(rows)

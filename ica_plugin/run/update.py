@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from transformers import Trainer
 
 from ..log import get_logger
+from .drawing import Drawing
 from .look_ahead import LookAhead
 from .ranks import Ranks
 from .refresh import Refresh
@@ -25,16 +26,28 @@ class BeforeUpdate:
         state: tells which rows were scored.
         ranks: the run's processes.
         report: tells people.
+        drawing: draws the rows, where they are drawn.
     """
 
-    def __init__(self, trainer: Trainer, schedule: Schedule, refresh: Refresh, state: RowState, ranks: Ranks, report: Report):
+    def __init__(
+        self,
+        trainer: Trainer,
+        schedule: Schedule,
+        refresh: Refresh,
+        state: RowState,
+        ranks: Ranks,
+        report: Report,
+        drawing: Drawing | None = None,
+    ):
         self._trainer, self._schedule, self._refresh = trainer, schedule, refresh
-        self._state, self._ranks, self._report = state, ranks, report
+        self._state, self._ranks, self._report, self._drawing = state, ranks, report, drawing
         self._ahead = LookAhead(trainer.accelerator.gradient_state, trainer.args.device)
 
     def begin_epoch(self) -> None:
         """Forget what was drawn ahead: an epoch has batches of its own."""
         self._ahead.clear()
+        if self._drawing is not None:
+            self._drawing.begin_epoch()
         self._schedule.begin_epoch()
 
     def __call__(self, batches: Iterator[dict], micro_batches: int) -> Iterator[dict]:
@@ -50,11 +63,13 @@ class BeforeUpdate:
         Returns:
             The iterator to take the micro-batches from.
         """
+        if self._drawing is not None and self._drawing.by_window:
+            return self._drawing.window(batches, self._until)
         step, schedule = self._trainer.state.global_step, self._schedule
         if schedule.unsure:
             self._compare(batches, schedule.steps_to_come(step) * micro_batches)
         if schedule.take(step):
-            until = schedule.serves_until(step, self._trainer.args.num_train_epochs)
+            until = self._until(step)
             if schedule.by_window:
                 steps = schedule.steps_to_come(step)
                 self._ahead.draw(batches, steps * micro_batches)
@@ -64,6 +79,9 @@ class BeforeUpdate:
             else:
                 self._refresh(list(range(len(self._state))), shared=True, until=until)
         return self._ahead.hand_on(batches) if self._ahead else batches
+
+    def _until(self, step: int) -> int:
+        return self._schedule.serves_until(step, self._trainer.args.num_train_epochs)
 
     def _compare(self, batches: Iterator[dict], count: int) -> None:
         """Resumed inside a window: its rows to come must be those that the last refresh scored, or they are scored now.

@@ -17,28 +17,19 @@ from ..errors import ICAError
 NOT_THERE = object()
 
 
-class Injection(Protocol):
-    """Scales gradients; see `training.injection`."""
-
-    def scaling(self, weights: torch.Tensor) -> AbstractContextManager[None]:
-        """Inside the block, of every training forward."""
-        ...
-
-
 class Run(Protocol):
     """What the hooks call; see `run.callback`."""
 
-    @property
-    def injection(self) -> Injection:
-        """The hook on the policy."""
+    def under(self, loader: Any) -> Any:
+        """The host has made its train loader."""
         ...
 
     def before_update(self, batches: Iterator[dict], micro_batches: int) -> Iterator[dict]:
         """Called before the micro-batches of an optimizer step are taken; returns where to take them from."""
         ...
 
-    def training_weights(self, rows: torch.Tensor) -> torch.Tensor:
-        """Row ids → weights."""
+    def applied(self, rows: torch.Tensor) -> AbstractContextManager[None]:
+        """Around the loss of a batch with these row ids."""
         ...
 
     def save_state(self, folder: str) -> None:
@@ -58,6 +49,7 @@ class Hooks:
     | `train_dataset` | a column of row ids: the only thing that survives every sampler, packing and worker |
     | `data_collator` | hosts' collators do not know the column: ids are taken out before, and added back after |
     | `_set_signature_columns_if_needed` | lets the column through the host's filter |
+    | `get_train_dataloader` | rows are drawn under the loader as accelerate made it (`places.py`); steps are counted by its length |
     | `get_batch_samples` | called once per optimizer step before its batches are taken: refreshes happen here |
     | `compute_loss` | the one place that every trainer of every host passes with its batch |
     | `_save_rng_state`, `_load_optimizer_and_scheduler` | checkpoints, see `_checkpoints` |
@@ -105,6 +97,7 @@ class Hooks:
         self._put("data_collator", RowIdCollator(trainer.data_collator, self._stored))
         for name, make in (
             ("_set_signature_columns_if_needed", self._columns),
+            ("get_train_dataloader", self._loader),
             ("get_batch_samples", self._batches),
             ("compute_loss", self._loss),
             ("_save_rng_state", self._save),
@@ -148,10 +141,18 @@ class Hooks:
                     "or the collator after ica_plugin was attached; please report the host and its version."
                 )
             # Weights are looked up here, in the main process, so that a refresh reaches batches that workers have built already.
-            with self._run.injection.scaling(self._run.training_weights(rows)):
+            with self._run.applied(rows):
                 return host(model, inputs, *args, **kwargs)
 
         return weighted_loss
+
+    def _loader(self, host: Callable[..., Any]) -> Callable[..., Any]:
+        # Not `_get_train_sampler`: accelerate recognises a RandomSampler by its class when it prepares the loader.
+        def loader_with_places(*args: Any, **kwargs: Any) -> Any:
+            loader = host(*args, **kwargs)
+            return self._run.under(loader) if self._on else loader
+
+        return loader_with_places
 
     def _batches(self, host: Callable[..., Any]) -> Callable[..., Any]:
         def scored_batches(epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:

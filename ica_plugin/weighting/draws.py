@@ -56,3 +56,27 @@ def fill(order: np.ndarray, draws: np.ndarray) -> np.ndarray:
     source = np.full(len(order), -1)
     source[own], source[taken] = own, extra
     return order[source[source >= 0]]
+
+
+def drawn(order: np.ndarray, weights: np.ndarray, places: int, *, seed: int, epoch: int) -> np.ndarray:
+    """`places` rows drawn by weight from `order`, in the order in which they are trained: `draw`, then `fill`.
+
+    Args:
+        order: int [n], the host's order, each row at most once.
+        weights: float [n], of the rows in that order; all 0 counts as all equal.
+        places: number of places; it may be more than n, where short rows are drawn for long ones.
+        seed, epoch: what the draw is made from. It does not depend on the order, so every rank and every resume draws alike.
+
+    Returns:
+        int [places].
+    """
+    weights = weights if weights.any() else np.ones(len(order))
+    by_row = np.argsort(order, kind="stable")
+    draws = np.empty(len(order), np.int64)
+    draws[by_row] = draw(weights[by_row], places, seed=seed, epoch=epoch)
+    # Places beyond the host's are spread among its own.
+    count = len(order)
+    spread = np.full(max(places, count), -1)
+    spread[np.arange(count) * len(spread) // count] = np.arange(count)
+    spread[spread < 0] = np.arange(count, len(spread))
+    return order[fill(spread, np.append(draws, np.zeros(len(spread) - count, np.int64)))]

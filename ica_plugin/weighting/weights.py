@@ -108,6 +108,8 @@ def _exponents(scores: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def _raw_weights(scores: np.ndarray, config: ICAConfig) -> np.ndarray:
+    if config.weighting == "auto":
+        raise ValueError("the block is not resolved, see ICAConfig.resolved")
     n = len(scores)
     if config.weighting == "minmax":
         low, high = np.quantile(scores, [config.winsorize, 1 - config.winsorize])

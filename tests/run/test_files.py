@@ -25,6 +25,7 @@ def refresh(number: int, rows: int = 4, **further) -> dict:
         "weight": np.full(rows, 1.0 + number),
         "tokens": np.full(rows, 7),
         "demos": [[1, 2]] * rows,
+        "draws": np.ones(rows, int),
         **further,
     }
 
@@ -95,6 +96,21 @@ def test_a_damaged_part_is_named_and_the_others_stay(tmp_path, capfd):
     RunFiles(tmp_path).keep_scores(3)
     assert "000001.parquet cannot be read" in capfd.readouterr().err
     assert set(read_scores(tmp_path / "ica" / "scores.parquet")["refresh"].to_pylist()) == {0, 2}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_draws_are_of_the_newest_refresh(tmp_path, merged):
+    files = RunFiles(tmp_path)
+    for number in range(3):
+        files.add_scores(refresh(number))
+    if merged:  # as where a run that ended goes on
+        files.merge()
+        files = RunFiles(tmp_path)
+        files.keep_scores(3)
+    files.set_draws(np.array([0, 3, 1, 0, 9]))
+    files.merge()
+    table = pq.read_table(tmp_path / "ica" / "scores.parquet")
+    assert table["draws"].to_pylist() == [1] * 8 + [0, 3, 1, 0] and table["refresh"].to_pylist() == sorted([*range(3)] * 4)
 
 
 @pytest.mark.parametrize("steps", [None, 7])

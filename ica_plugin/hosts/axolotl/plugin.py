@@ -22,8 +22,10 @@ class ICAPlugin(BasePlugin):
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         warn_if_untested("axolotl")
         refuse_unsupported(cfg)
+        config = config_of(cfg)
         read_holdout = AxolotlHoldout(cfg, trainer.processing_class, trainer)
-        attach_examples(trainer, config_of(cfg), read_holdout=read_holdout, moved_rows=_moved_rows(cfg))
+        attach_examples(trainer, config, read_holdout=read_holdout, moved_rows=_moved_rows(cfg))
+        _shorten(trainer.args, cfg, config.epoch_share)
 
 
 def _moved_rows(cfg: DictDefault) -> str:
@@ -31,3 +33,16 @@ def _moved_rows(cfg: DictDefault) -> str:
     if not (cfg.shuffle_merged_datasets or cfg.shuffle_before_merging_datasets or cfg.val_set_size):
         return ""
     return "Axolotl shuffles them (not with `shuffle_merged_datasets: false` and `val_set_size: 0`)"
+
+
+def _shorten(args: Any, cfg: DictDefault, share: float) -> None:
+    """Steps of a run whose epochs have a share of the rows as places.
+
+    Axolotl counts steps by the whole dataset before it builds the trainer, and gives them to it as `max_steps`, and warm-up as
+    their share (core/builders/base.py). Without `max_steps` the trainer counts by its own data loader, as transformers does.
+    """
+    if share == 1 or cfg.max_steps:
+        return
+    args.max_steps = -1
+    if cfg.warmup_steps is None and args.warmup_steps >= 1:  # below 1 it is a share of the steps already
+        args.warmup_steps = round(args.warmup_steps * share)
