@@ -63,7 +63,7 @@ def build(folder: Path, ica: dict | None, train=None, holdout=None, model=None, 
     )
     trainer.trained = []
     if ica is not None:
-        block = {"retrieval": "random", "k": 2, **ica}
+        block = {"retrieval": "random", "k": 2, **tiny.NAMED, **ica}
         attach(trainer, block, **({} if "weights" in ica else {"holdout": holdout or tokenised(6, 9)}))
     return trainer
 

@@ -15,7 +15,7 @@ import tiny
 
 EXPECTED = Path(__file__).with_suffix(".json")
 ROWS, HOLDOUT = tiny.sft_rows(10, seed=21), tiny.sft_rows(8, seed=22)
-BLOCK = {"k": 3, "seed": 5}
+BLOCK = {"k": 3, "seed": 5, **tiny.NAMED}
 TOLERANCE = 1e-3  # nats
 
 

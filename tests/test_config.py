@@ -11,8 +11,29 @@ def test_defaults():
         "holdout": "good.jsonl",
     }
     assert (config.k, config.refresh_interval, config.refresh_scope) == (3, "never", "window")
-    assert (config.weighting, config.temperature, config.max_weight) == ("softmax", 1.0, 10.0)
-    assert (config.score, config.retrieval, config.seed) == ("ica", "policy", 42)
+    assert (config.weighting, config.temperature, config.max_weight) == ("auto", 1.0, 10.0)
+    assert (config.score, config.apply, config.candidates, config.epoch_share) == ("auto", "auto", 2, 1.0)
+    assert (config.retrieval, config.seed) == ("policy", 42)
+
+
+@pytest.mark.parametrize(
+    ("block", "kind", "draws", "expected"),
+    [
+        ({}, "sft", True, ("ica + likelihood", "top", "sample", False)),
+        ({}, "sft", False, ("ica + likelihood", "rank", "gradient", False)),
+        ({}, "pair", True, ("ica", "top", "sample", True)),
+        ({}, "unpaired", True, ("ica", "top", "sample", False)),
+        ({"apply": "gradient"}, "pair", True, ("ica", "rank", "gradient", True)),
+        ({"temperature": 0.5}, "sft", True, ("ica + likelihood", "softmax", "sample", False)),
+        ({"keep": 0.3, "apply": "gradient"}, "sft", True, ("ica + likelihood", "top", "gradient", False)),
+        ({"score": "rds", "weighting": "minmax", "length_normalize": False}, "pair", True, ("rds", "minmax", "sample", False)),
+        ({"budget": 0.05}, "sft", True, ("ica", "top", "sample", False)),
+    ],
+)
+def test_auto_follows_the_kind_of_run(block, kind, draws, expected):
+    config = parse_config({"holdout": "x", **block}).resolved(kind, draws)
+    assert (config.score, config.weighting, config.apply, config.length_normalize) == expected
+    assert config.resolved(kind, draws) == config
 
 
 @pytest.mark.parametrize(("value", "steps"), [("never", None), ("epoch", None), (5, 5), (0.1, 10), (0.001, 1)])
@@ -25,6 +46,8 @@ def test_interval_in_steps(value, steps):
     [
         ({"holdout": "x", "temprature": 2}, ["unknown key `temprature`", "did you mean `temperature`?"]),
         ({"holdout": "x", "refresh": "epoch"}, ["unknown key `refresh`", "refresh_interval"]),
+        ({"holdout": "x", "temperature": 2, "keep": 0.3}, ["keys of several weightings are given (softmax, top)", "`weighting`"]),
+        ({"holdout": "x", "apply": "gradient", "epoch_share": 0.5}, ["`epoch_share` below 1 goes with `apply: sample`"]),
         ({"holdout": "x", "k": 0}, ["ica.k: 0", "greater than or equal to 1"]),
         ({"holdout": "x", "k": "three"}, ["ica.k: 'three'", "integer"]),
         ({"holdout": "x", "temperature": -1}, ["ica.temperature: -1", "greater than 0"]),

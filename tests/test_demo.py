@@ -56,13 +56,13 @@ def test_another_rows_solution_is_right_for_that_row_only(splits):
     assert not any(uses_all_numbers(row) for row in swapped)
 
 
-def test_weights_by_kind_counts_weights_in_tokens():
-    scores = pa.table({"row": [2, 0, 1], "weight": [2.0, 0.5, 1.5], "tokens": [10, 20, 10], "score": [0.0] * 3})
-    target, code = report.weights_by_kind(scores, ["code", "target", "target"])
-    assert (target.kind, target.weights, target.mean) == ("target", [2.0, 1.5], 1.75)
-    assert (target.token_share, target.weight_share) == pytest.approx((0.5, 35 / 45))
-    assert (code.kind, code.weights) == ("code", [0.5])
-    assert (code.token_share, code.weight_share) == pytest.approx((0.5, 10 / 45))
+def test_draws_by_kind_counts_draws_in_tokens():
+    scores = pa.table({"row": [2, 0, 1], "draws": [2, 0, 1], "tokens": [10, 20, 10], "score": [0.0] * 3})
+    target, code = report.draws_by_kind(scores, ["code", "target", "target"])
+    assert (target.kind, target.draws, target.mean) == ("target", [2, 1], 1.5)
+    assert (target.token_share, target.trained_share) == pytest.approx((0.5, 1))
+    assert (code.kind, code.draws) == ("code", [0])
+    assert (code.token_share, code.trained_share) == pytest.approx((0.5, 0))
 
 
 class Characters:
@@ -105,18 +105,18 @@ def test_match_kinds_refuses_other_rows_and_another_order():
         report.match_kinds(prepared(ROWS), scores, ROWS[:1], Characters())
 
 
-def test_draw_weights_writes_a_picture(tmp_path):
-    kinds = [report.KindWeights(kind, [0.5, 1.0, 2.0], 0.1, 0.1) for kind in data.GROUPS]
-    report.draw_weights(kinds, tmp_path / "weights.png")
-    assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
+def test_plot_draws_writes_a_picture(tmp_path):
+    kinds = [report.KindDraws(kind, [0, 1, 3], 0.1, 0.1) for kind in data.GROUPS]
+    report.plot_draws(kinds, tmp_path / "draws.png")
+    assert (tmp_path / "draws.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_tables_show_every_kind_and_loss():
     from rich.console import Console
 
     console = Console(width=120, record=True, file=open("/dev/null", "w"))
-    console.print(report.weights_table([report.KindWeights("code", [0.5, 0.7], 0.25, 0.15)]))
+    console.print(report.draws_table([report.KindDraws("code", [0, 1, 2, 0], 0.25, 0.15)]))
     console.print(report.losses_table({"before training": 1.5, "plain": 1.25, "ica": 1.0}))
     text = console.export_text()
-    assert re.search(r"off-target.*code.*2.*0\.60.*25%.*15%", text)
+    assert re.search(r"off-target.*code.*4.*2.*1.*1.*0\.75.*25%.*15%", text)
     assert re.search(r"ica.*1\.0000.*-0\.5000", text)

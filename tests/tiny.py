@@ -14,6 +14,8 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Keys of a block whose defaults follow the run; tests of the parts name what they are of.
+NAMED = {"score": "ica", "weighting": "softmax", "apply": "gradient"}
 WORDS = "red green blue seven nine apples pears sum of and the cat sails home under a quiet moon counts".split()
 
 

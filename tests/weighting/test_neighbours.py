@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny
 from ica_plugin.config import ICAConfig
 from ica_plugin.data.store import Example, Sequence
 from ica_plugin.weighting import neighbours as module
@@ -14,7 +15,7 @@ from ica_plugin.weighting.pool import NEWEST, SAMPLED, Pool
 
 
 def block(**keys) -> ICAConfig:
-    return ICAConfig(holdout="unused", budget=0.05, **keys)
+    return ICAConfig(holdout="unused", budget=0.05, **{**tiny.NAMED, **keys})
 
 
 def two_topics(n: int = 60):

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from ica_plugin.config import ICAConfig
 from ica_plugin.errors import ICAError
 from ica_plugin.weighting.weights import weights_from_scores
@@ -15,7 +16,7 @@ def weigh(scores, *, tokens=None, by_token=False, **block):
     tokens = np.ones(len(scores), int) if tokens is None else np.asarray(tokens)
     further = {name: block.pop(name) for name in ("neutral", "rows") if name in block}
     return weights_from_scores(
-        np.asarray(scores, float), ICAConfig(holdout="x", **block), tokens=tokens, by_token=by_token, **further
+        np.asarray(scores, float), ICAConfig(holdout="x", **{**tiny.NAMED, **block}), tokens=tokens, by_token=by_token, **further
     )
 
 

@@ -60,7 +60,9 @@ def write_config(
     config.update(settings)
     if ica is not None:
         config["plugins"] = ["ica_plugin.ICAPlugin"]
-        config["ica"] = ica if "weights" in ica else {"holdout": str(folder / "holdout.jsonl"), **ica}
+        config["ica"] = (
+            {**tiny.NAMED, **ica} if "weights" in ica else {"holdout": str(folder / "holdout.jsonl"), **tiny.NAMED, **ica}
+        )
     path = folder / "config.yml"
     path.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
     return path

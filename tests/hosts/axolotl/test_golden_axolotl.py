@@ -1,7 +1,5 @@
 """The golden runs of Axolotl's trainers."""
 
-import gc
-
 import pytest
 
 pytest.importorskip("axolotl")
@@ -13,16 +11,6 @@ import tiny  # noqa: E402
 from golden import PLAIN, block, check_golden  # noqa: E402
 
 SETTINGS = {"optimizer": "sgd", "shuffle_merged_datasets": False, "num_epochs": 2, **PLAIN}
-
-
-@pytest.fixture(autouse=True)
-def frozen_imports():
-    """Axolotl collects garbage at each step: most of the time, but for what is frozen."""
-    import axolotl.train  # noqa: F401
-
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

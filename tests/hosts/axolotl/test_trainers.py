@@ -130,7 +130,7 @@ def labelled_pair(row):
 def test_scores_of_dpo_pairs_with_trained_lora(maker):
     trainer = maker("dpo", tiny.pair_rows(8), **{**LORA, "learning_rate": 0.05})(ica={"k": 2})
     check_scores(trainer, pair_of)
-    assert not callback_of(trainer).scoring.length_normalize
+    assert callback_of(trainer).scoring.length_normalize
 
 
 @pytest.mark.parametrize("kind", ["simpo", "orpo"])

@@ -132,5 +132,5 @@ class Maker:
         trainer = build(run_args(folder, self.model, self.kind, **settings))
         block = ica(len(self.rows)) if callable(ica) else ica
         if block is not None:
-            attach(trainer, parse_config(block if "weights" in block else {"holdout": "good", **block}))
+            attach(trainer, parse_config(({} if "weights" in block else {"holdout": "good"}) | tiny.NAMED | block))
         return trainer

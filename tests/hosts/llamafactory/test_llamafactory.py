@@ -94,7 +94,7 @@ def labelled_pair(row):
 def test_scores(make, kind):
     trainer = make(kind, **{**LORA, "learning_rate": 0.05} if kind in ("sft", "sigmoid") else {})(ica={"k": 2})
     check_scores(trainer, labelled if kind == "sft" else labelled_pair)
-    assert callback_of(trainer).scoring.length_normalize == (kind in ("simpo", "orpo"))
+    assert callback_of(trainer).scoring.length_normalize == (callback_of(trainer).train.kind == "pair")
 
 
 def test_scores_of_kto(make):

@@ -130,7 +130,7 @@ def test_scores(make, kind):
     trainer = make(kind, rows, **lora)(ica={"k": 2}, micro_batch=4)
     check_scores(trainer, sequences_of)
     callback = callback_of(trainer)
-    assert callback.scoring.length_normalize == (kind in ("simpo", "orpo"))
+    assert callback.scoring.length_normalize == (callback.train.kind == "pair")
     assert {
         callback.holdout.examples[d].desirable for demos in callback.state.shown(range(len(callback.train))) for d in demos
     } == {True}

@@ -111,7 +111,7 @@ class Maker:
         if block is not None:
             holdout = None if "weights" in block else self.holdout
             holdout = Dataset.from_list(holdout) if isinstance(holdout, list) else holdout
-            ica_plugin.attach(trainer, block, holdout=holdout)
+            ica_plugin.attach(trainer, tiny.NAMED | block, holdout=holdout)
         return trainer
 
     def _transformers(self, model: Any, arguments: dict) -> Trainer:
