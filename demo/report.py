@@ -1,4 +1,4 @@
-"""What the demo shows at the end: weights by kind of row, losses on the test split, and a picture."""
+"""What the demo shows at the end: how often each kind of row was trained, losses on the test split, and a picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,40 +25,40 @@ IGNORED = -100  # label of a token that is not supervised
 
 
 @dataclass(frozen=True)
-class KindWeights:
-    """The weights of all rows of one kind.
+class KindDraws:
+    """How often the rows of one kind were trained.
 
-    `token_share` is the kind's share of the supervised tokens, which is its share of a loss without weights;
-    `weight_share` is the same with every token counted as often as its row's weight says. Both in 0 to 1.
+    `token_share` is the kind's share of the supervised tokens, which is its share of a run that trains every row once;
+    `trained_share` is its share of the tokens that were trained. Both in 0 to 1.
     """
 
     kind: str
-    weights: list[float]
+    draws: list[int]
     token_share: float
-    weight_share: float
+    trained_share: float
 
     @property
     def mean(self) -> float:
-        return sum(self.weights) / len(self.weights)
+        return sum(self.draws) / len(self.draws)
 
 
-def weights_by_kind(scores: pa.Table, kinds: Sequence[str]) -> list[KindWeights]:
-    """Group the weights in a run's `scores.parquet` by kind of row.
+def draws_by_kind(scores: pa.Table, kinds: Sequence[str]) -> list[KindDraws]:
+    """Group how often rows were trained, by kind of row.
 
     Args:
-        scores: the columns `row`, `weight` and `tokens` (supervised tokens of the row) are read.
+        scores: the columns `row`, `draws` and `tokens` (supervised tokens of the row) of a run's `scores.parquet`.
         kinds: the kind of each train row; `row` is an index into it.
     """
-    columns = scores.select(["row", "weight", "tokens"]).to_pydict()
-    rows = [(kinds[row], weight, tokens) for row, weight, tokens in zip(*columns.values())]
+    columns = scores.select(["row", "draws", "tokens"]).to_pydict()
+    rows = [(kinds[row], draws, tokens) for row, draws, tokens in zip(*columns.values())]
     tokens = sum(tokens for _, _, tokens in rows)
-    weighted = sum(weight * tokens for _, weight, tokens in rows)
+    trained = sum(draws * tokens for _, draws, tokens in rows)
     return [
-        KindWeights(
+        KindDraws(
             kind=kind,
-            weights=[weight for _, weight, _ in own],
+            draws=[draws for _, draws, _ in own],
             token_share=sum(tokens for _, _, tokens in own) / tokens,
-            weight_share=sum(weight * tokens for _, weight, tokens in own) / weighted,
+            trained_share=sum(draws * tokens for _, draws, tokens in own) / trained,
         )
         for kind in GROUPS
         if (own := [row for row in rows if row[0] == kind])
@@ -135,25 +135,31 @@ def test_losses(model: str, adapters: dict[str, Path], rows: Sequence[Row], batc
     return losses
 
 
-def weights_table(kinds: Sequence[KindWeights]) -> Table:
+def draws_table(kinds: Sequence[KindDraws]) -> Table:
     table = Table(
-        title="Weights by kind of training row",
-        caption="share of weight: the kind's share of weight × supervised tokens; without weights it would be its share of tokens",
+        title="How often the rows of each kind were trained",
+        caption="share trained: of the supervised tokens that were trained; a run that trains every row once has the share of tokens",
     )
     table.add_column("group")
     table.add_column("kind")
-    for header in ("rows", "mean weight", "share of tokens", "share of weight"):
+    for header in ("rows", "never", "once", "more often", "mean", "share of tokens", "share trained"):
         table.add_column(header, justify="right")
     for kind in kinds:
         table.add_row(
             GROUPS[kind.kind],
             kind.kind,
-            str(len(kind.weights)),
+            str(len(kind.draws)),
+            *(str(count) for count in _counts(kind)),
             f"{kind.mean:.2f}",
             f"{kind.token_share:.0%}",
-            f"{kind.weight_share:.0%}",
+            f"{kind.trained_share:.0%}",
         )
     return table
+
+
+def _counts(kind: KindDraws) -> tuple[int, int, int]:
+    """Rows trained never, once and more often."""
+    return kind.draws.count(0), kind.draws.count(1), sum(draws > 1 for draws in kind.draws)
 
 
 def losses_table(losses: dict[str, float]) -> Table:
@@ -168,32 +174,27 @@ def losses_table(losses: dict[str, float]) -> Table:
     return table
 
 
-def draw_weights(kinds: Sequence[KindWeights], path: Path) -> None:
-    """Draw the weight of every row as a point over a box for its kind, and save the picture as PNG."""
-    figure, axes = plt.subplots(figsize=(9, 0.55 * len(kinds) + 1.8), layout="constrained")
-    jitter = torch.Generator().manual_seed(0)
-    axes.boxplot(
-        [kind.weights for kind in kinds],
-        positions=range(len(kinds)),
-        orientation="horizontal",
-        widths=0.6,
-        showfliers=False,
-        medianprops={"color": "black"},
-        boxprops={"color": "0.6"},
-        whiskerprops={"color": "0.6"},
-        capprops={"color": "0.6"},
-    )
+def plot_draws(kinds: Sequence[KindDraws], path: Path) -> None:
+    """Draw a bar for each kind, of the shares of its rows trained never, once and more often, and save the picture as PNG."""
+    figure, axes = plt.subplots(figsize=(9, 0.5 * len(kinds) + 1.8), layout="constrained")
     for position, kind in enumerate(kinds):
-        heights = position + 0.4 * (torch.rand(len(kind.weights), generator=jitter) - 0.5)
-        axes.scatter(kind.weights, heights, s=20, alpha=0.7, linewidths=0, color=COLOURS[GROUPS[kind.kind]])
-    axes.axvline(1, color="black", linestyle=":", linewidth=1)
-    axes.annotate("unweighted: 1", (1, 0), xycoords=("data", "axes fraction"), xytext=(4, 4), textcoords="offset points")
-    axes.set_yticks(range(len(kinds)), [f"{kind.kind} ({len(kind.weights)} rows)" for kind in kinds])
+        left = 0.0
+        for count, opacity in zip(_counts(kind), (0.12, 0.45, 1.0)):
+            share = count / len(kind.draws)
+            axes.barh(position, share, left=left, height=0.7, color=COLOURS[GROUPS[kind.kind]], alpha=opacity)
+            if count:
+                axes.text(
+                    left + share / 2, position, str(count), ha="center", va="center", color="white" if opacity == 1 else "black"
+                )
+            left += share
+    axes.set_yticks(range(len(kinds)), [f"{kind.kind} ({len(kind.draws)} rows)" for kind in kinds])
     axes.invert_yaxis()
-    axes.set_xlim(left=0)
-    axes.set_xlabel("weight of a row")
-    axes.set_title("The weight of each training row, by kind (one point a row; box: quartiles)")
-    axes.legend(handles=[Patch(color=colour, label=group) for group, colour in COLOURS.items()], loc="lower right", frameon=False)
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the kind's rows")
+    axes.set_title("Rows trained never (light), once, more often (dark), by kind; plain training: every row once")
+    handles = [Patch(color=colour, label=group) for group, colour in COLOURS.items()]
+    figure.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
