@@ -81,7 +81,7 @@ def test_example_configs(tmp_path, model_for_4_bit, example):
 def test_two_processes_started_by_the_launcher_score_as_one(tmp_path, tiny_model):
     """Unequal shares: 13 rows on 2 ranks."""
     rows = tiny.sft_rows(13, turns=2)
-    config = write_config(tmp_path, tiny_model, "sft", rows, {"holdout": "good"})
+    config = write_config(tmp_path, tiny_model, "sft", rows, {"holdout": "good", **tiny.NAMED})
     done = command("ica-llamafactory", "train", str(config), FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
     assert "Initializing 2 distributed tasks" in done.stdout + done.stderr
     two = scores(tmp_path / "out")
