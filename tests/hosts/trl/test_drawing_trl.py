@@ -42,4 +42,4 @@ def test_packed_rows_cannot_be_drawn(make, capfd):
     trainer = make("sft", 40, **PACKING)(ica={**ONES, "apply": "auto"}, max_steps=2)
     assert "apply: gradient, since the rows were packed" in capfd.readouterr().err
     trainer.train()
-    assert make("sft")(ica={}).callback_handler.callbacks[-1].drawing is not None, "auto, where rows can be drawn"
+    assert make("sft")(ica={"apply": "auto"}).callback_handler.callbacks[-1].drawing is not None, "auto, where rows can be drawn"
