@@ -5,7 +5,7 @@
     python benchmarks/evidence.py preferences ...
     python benchmarks/evidence.py simpo ...
 
-For each seed, rows are drawn, scored with the policy as it is before the first step, and a LoRA is trained once per method by
+For each seed, rows are taken, scored with the policy as it is before the first step, and a LoRA is trained once per method by
 TRL's own trainers. Results are kept after every run in docs/evidence/<experiment>.json, so a stopped command goes on where it
 was; docs/evidence.md gets the tables and pictures of all experiments that are there.
 """
@@ -16,6 +16,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from scipy.stats import spearmanr
+from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -32,10 +34,12 @@ from evidence_page import FOLDER, write_page
 from evidence_rows import Row, Rows, draw
 from ica_plugin import attach
 from ica_plugin.config import parse_config
+from ica_plugin.draws import draw as draw_rows
+from ica_plugin.draws import fill
 from ica_plugin.scoring import scores_for, total_score
 from ica_plugin.scoring.expression import parse_score, parts_of
 from ica_plugin.tools.audit import auroc
-from ica_plugin.weighting import weights_from_scores
+from ica_plugin.weighting import Weights, weights_from_scores
 from scoring import machine_name
 
 SUM = "ica + likelihood"
@@ -89,6 +93,7 @@ SFT_METHODS = METHODS | {
     "ica, refreshed": {"score": "ica", "refresh_interval": 0.25},
     f"{SUM}, refreshed": {"score": SUM, "refresh_interval": 0.25},
     f"{SUM}, rank": {"score": SUM, "weighting": "rank"},
+    f"{SUM}, top": {"score": SUM, "weighting": "top"},
     f"{SUM}, temperature 0.5": {"score": SUM, "temperature": 0.5},
     f"{SUM}, best third alone": {"score": SUM, "weighting": "top", "keep": 1 / 3},
     "rho": {"score": "rho"},
@@ -96,7 +101,10 @@ SFT_METHODS = METHODS | {
 PAIR_METHODS = METHODS | {
     f"{SUM}, best two thirds alone": {"score": SUM, "weighting": "top", "keep": 2 / 3},
     "ica, best two thirds alone": {"score": "ica", "weighting": "top", "keep": 2 / 3},
+    "ica, top": {"score": "ica", "weighting": "top"},
     PER_TOKEN: {"score": "ica", "length_normalize": True},
+    f"{PER_TOKEN}, rank": {"score": "ica", "length_normalize": True, "weighting": "rank"},
+    f"{PER_TOKEN}, top": {"score": "ica", "length_normalize": True, "weighting": "top"},
     f"{PER_TOKEN}, best two thirds alone": {"score": "ica", "length_normalize": True, "weighting": "top", "keep": 2 / 3},
     "lossdiff": {"score": "lossdiff"},
     "ica, refreshed": {"score": "ica", "refresh_interval": 0.5},
@@ -104,11 +112,120 @@ PAIR_METHODS = METHODS | {
     "lossdiff-irm, refreshed": {"score": "lossdiff-irm", "weighting": "top", "refresh_interval": 0.5},
 }
 BARE = ("no weighting", "oracle", "good rows alone", "holdout alone")
+# The score that each experiment's other ways to train are compared with, and its share of rows that trains best alone.
+SCORE = {"noise": SUM, "off-target": SUM, "preferences": PER_TOKEN, "simpo": "ica"}
+BEST = {"noise": "best third", "off-target": "best third", "preferences": "best two thirds", "simpo": "best two thirds"}
+
+
+def compared(name: str) -> list[str]:
+    """Methods that are run with every seed."""
+    score = SCORE[name]
+    return [
+        "no weighting",
+        f"{score}, top, drawn",
+        f"{score}, rank, drawn",
+        "oracle, drawn",
+        f"{score}, drawn",
+        f"{score}, top",
+        f"{score}, rank",
+        score,
+        "ica",
+        "oracle",
+        "good rows alone",
+        f"{score}, {BEST[name]} alone",
+    ]
+
+
+def controls(name: str) -> list[str]:
+    """Methods that are run with the first three seeds: fewer steps, and other step sizes."""
+    score = SCORE[name]
+    return [
+        f"{score}, top, drawn, half the epoch",
+        f"{score}, rank, learning rate / √ESS",
+        f"{score}, learning rate / √ESS",
+        *(
+            f"{method}, learning rate / 3"
+            for method in dict.fromkeys(
+                ["no weighting", "ica", "oracle", f"{score}, rank", f"{score}, rank, drawn", f"{score}, top, drawn"]
+            )
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a method trains with its weights.
+
+    Attributes:
+        weighting: the method without what follows: a key of METHODS, or one of BARE.
+        drawn: rows are trained as often as their weight says, instead of once with a scaled gradient.
+        share: places of the epoch, as a share of the rows.
+        divisor: of the learning rate; None: the square root of the weights' effective sample size.
+    """
+
+    weighting: str
+    drawn: bool = False
+    share: float = 1.0
+    divisor: float | None = 1.0
+
+
+ENDINGS: dict[str, dict[str, Any]] = {
+    ", drawn": {"drawn": True},
+    ", half the epoch": {"share": 0.5},
+    ", learning rate / 3": {"divisor": 3.0},
+    ", learning rate / √ESS": {"divisor": None},
+}
+
+
+def manner_of(method: str) -> Manner:
+    """What the endings of a method's name say."""
+    found: dict[str, Any] = {}
+    while ending := next((ending for ending in ENDINGS if method.endswith(ending)), None):
+        found |= ENDINGS[ending]
+        method = method.removesuffix(ending)
+    return Manner(method, **found)
+
+
 # Other ways to ICA. How demonstrations are found: scores of the first seed's rows, no training. SimPO's is per token by itself.
+FEWER_SEEDS = 3  # of what is not in `compared`
 RETRIEVALS = {f"ica, retrieval {name}": {"score": "ica", "retrieval": name} for name in ("bm25", "random")}
 LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 HOLDOUT_ADAPTER = {"steps": 25, "learning_rate": 1e-3}
 HOLDOUT_ADAPTER_OF_PAIRS = HOLDOUT_ADAPTER | {"steps": 10}
+
+
+class DrawnOrder(Sampler[int]):
+    """The host's order of an epoch with rows in it as often as they were drawn.
+
+    Args:
+        host: its sampler.
+        draws: int [rows], how often each is trained.
+    """
+
+    def __init__(self, host: Any, draws: np.ndarray):
+        self.host, self.draws = host, draws
+
+    def __iter__(self):
+        return iter(fill(np.array(list(self.host)), self.draws).tolist())
+
+    def __len__(self) -> int:
+        return int(self.draws.sum())
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.host, "set_epoch"):
+            self.host.set_epoch(epoch)
+
+
+def train_drawn(trainer: Any, draws: np.ndarray) -> None:
+    """Make a trainer train each row as often as it was drawn, in its own order otherwise."""
+    host_loader = trainer.get_train_dataloader
+
+    def drawn_loader() -> Any:
+        loader = host_loader()
+        loader.batch_sampler.sampler = DrawnOrder(loader.batch_sampler.sampler, draws)
+        return loader
+
+    trainer.get_train_dataloader = drawn_loader
 
 
 class Experiment:
@@ -149,17 +266,23 @@ class Experiment:
         tokens, prompt = self._tokens(row, "chosen" if self.pairs else "completion")
         return len(tokens) - prompt
 
-    def trainer(self, rows: list[Row] | None = None) -> Any:
-        """A fresh LoRA on the model, and TRL's trainer for it; with `rows`, as many steps on them as on the train rows."""
+    def trainer(self, rows: list[Row] | None = None, *, places: int | None = None, learning_rate: float | None = None) -> Any:
+        """A fresh LoRA on the model, and TRL's trainer for it.
+
+        Args:
+            rows: to train on, instead of the train rows.
+            places: rows trained; default: as many as there are train rows.
+            learning_rate: default: the experiment's.
+        """
         gpu = torch.cuda.is_available()
         torch.manual_seed(self.seed)
         model = AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.bfloat16)
-        steps = -(-len(self.rows.train) // self.args.batch)
+        steps = -(-(places or len(self.rows.train)) // self.args.batch)
         settings = {
             "output_dir": tempfile.mkdtemp(),
             "per_device_train_batch_size": self.args.batch,
             "max_steps": steps,
-            "learning_rate": self.settings["learning_rate"],
+            "learning_rate": learning_rate or self.settings["learning_rate"],
             "seed": self.seed,
             "use_cpu": not gpu,
             "bf16": gpu,
@@ -190,12 +313,14 @@ class Experiment:
     def score(self, holdout: list[Row], scorers: set[str], variants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         """Score the train rows before the first step by each of the scorers that `scores` lacks; ICA also by `variants`."""
         lines = []
-        callback = attach(self.trainer(), self.block({}), holdout=_dataset(holdout))
-        assert self.pairs or np.array_equal(self.tokens, callback.tokens)
-        rows, host_normalizes = list(range(len(callback.train))), callback.length_normalize
-        retrieved: dict[str, list[list[int]]] = {}
         plans = {name: {"score": name} for name in self.settings["scorers"] if name in scorers} | variants
-        for label in [label for label in plans if label not in self.scores]:
+        missing = [label for label in plans if label not in self.scores]
+        if missing:
+            callback = attach(self.trainer(), self.block({}), holdout=_dataset(holdout))
+            assert self.pairs or np.array_equal(self.tokens, callback.tokens)
+            rows, host_normalizes = list(range(len(callback.train))), callback.length_normalize
+        retrieved: dict[str, list[list[int]]] = {}
+        for label in missing:
             begin = time.monotonic()
             config = callback.config = parse_config(self.block({"holdout": "rows", **plans[label]}))
             callback.length_normalize = host_normalizes if config.length_normalize is None else config.length_normalize
@@ -224,9 +349,6 @@ class Experiment:
             "auroc": {kind: auroc(np.concatenate([scores[good], scores[self.kinds == kind]]), int(good.sum())) for kind in kinds},
         }
 
-    def _mean_one(self, good: np.ndarray) -> np.ndarray:
-        return good / np.average(good, weights=None if self.pairs else self.tokens)
-
     @property
     def methods(self) -> dict[str, dict[str, Any]]:
         """Those that refresh, or whose scorers are the experiment's."""
@@ -238,27 +360,53 @@ class Experiment:
             and ("length_normalize" not in keys or self.name == "preferences")
         }
 
+    def weights(self, method: str, *, by_token: bool) -> Weights | None:
+        """Weights of the train rows before the first step; None where the method has none or finds them in the run.
+
+        Args:
+            method: a weighting, without how it trains.
+            by_token: mean 1 over supervised tokens, as for scaled gradients of SFT, instead of over rows.
+        """
+        keys = self.methods.get(method)
+        if method == "oracle":
+            good = self.kinds == self.rows.good
+            no = np.zeros(len(good), bool)
+            return Weights(good / np.average(good, weights=self.tokens if by_token else None), no, no)
+        if keys is None or "refresh_interval" in keys:
+            return None
+        config = parse_config(self.block({"holdout": "rows", **keys}))
+        columns = self.scores | ({"ica": self.scores[PER_TOKEN]} if config.length_normalize else {})
+        return weights_from_scores(total_score(config, columns), config, tokens=self.tokens, by_token=by_token)
+
     def run(self, method: str) -> dict[str, Any]:
         """Train by a method, and measure on the test rows."""
-        keys = self.methods.get(method)
-        weights = None
-        if method == "oracle":
-            weights = self._mean_one(self.kinds == self.rows.good)
-        elif keys is not None and "refresh_interval" not in keys:
-            config = parse_config(self.block({"holdout": "rows", **keys}))
-            columns = self.scores | ({"ica": self.scores[PER_TOKEN]} if config.length_normalize else {})
-            weights = weights_from_scores(
-                total_score(config, columns), config, tokens=self.tokens, by_token=not self.pairs
-            ).values
-        alone = {"holdout alone": self.rows.holdout}.get(method)
-        if method.endswith("alone") and alone is None:
-            kept = self.kinds == self.rows.good if weights is None else weights > 0
+        manner = manner_of(method)
+        keys = self.methods.get(manner.weighting)
+        if keys is None and manner.weighting not in BARE:
+            raise SystemExit(f"{self.name} has no method `{method}`.")
+        weights = self.weights(manner.weighting, by_token=not self.pairs and not manner.drawn)
+        alone = {"holdout alone": self.rows.holdout}.get(manner.weighting)
+        if manner.weighting.endswith("alone") and alone is None:
+            kept = self.kinds == self.rows.good if weights is None else weights.values > 0
             alone, weights = [row for row, keep in zip(self.rows.train, kept, strict=True) if keep], None
-        trainer, callback = self.trainer(alone), None
-        if weights is not None:
-            callback = attach(trainer, weights=weights)
+        divisor = manner.divisor or weights.effective_sample_size**0.5
+        places = round(manner.share * len(self.rows.train))
+        trainer = self.trainer(alone, places=places, learning_rate=self.settings["learning_rate"] / divisor)
+        callback, trained = None, {}
+        if manner.drawn:
+            draws = draw_rows(weights.values, places, seed=self.seed, epoch=0)
+            train_drawn(trainer, draws)
+            kinds = dict.fromkeys(self.kinds.tolist())
+            trained = {
+                "distinct": int((draws > 0).sum()),
+                "places": {kind: int(draws[self.kinds == kind].sum()) for kind in kinds},
+            }
+        elif weights is not None:
+            callback = attach(trainer, weights=weights.values)
         elif keys is not None and alone is None:
             callback = attach(trainer, self.block(keys), holdout=_dataset(self.rows.holdout))
+        if weights is not None:
+            trained["effective sample size"] = weights.effective_sample_size
         begin = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - begin
@@ -268,6 +416,7 @@ class Experiment:
             "seconds": seconds,
             "scoring seconds": callback.scoring_seconds if callback else 0.0,
             "steps": trainer.state.global_step,
+            **trained,
             **self.measure(trainer.model),
         }
 
@@ -327,21 +476,25 @@ def _dataset(rows: list[Row]) -> Dataset:
 
 def _save(file: Path, results: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1))
+    whole = file.with_suffix(".partial")
+    whole.write_text(json.dumps(results, indent=1))
+    whole.replace(file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--model", required=True), parser.add_argument("--data", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--methods", nargs="+", help="only these, or `compared` or `controls`; default: all, with seeds from 3 on `compared`"
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--scale", type=int, default=1, help="times as many rows, for a GPU")
     parser.add_argument("--out", type=Path, help="another file for the results; the page is then left alone")
     args = parser.parse_args()
 
-    file = args.out or FOLDER / f"{args.experiment}.json"
+    file = args.out or FOLDER / f"{args.experiment}{f'-{args.scale}x' if args.scale > 1 else ''}.json"
     results = json.loads(file.read_text()) if file.exists() else {"scores": [], "runs": []}
     setup = {"model": Path(args.model).name, "batch": args.batch, "scale": args.scale, "settings": EXPERIMENTS[args.experiment]}
     other = [key for key, value in setup.items() if results.get(key, value) != value]
@@ -350,22 +503,29 @@ def main() -> None:
     results |= {"machine": machine_name(), "threads": torch.get_num_threads(), **setup}
     for seed in args.seeds:
         experiment = Experiment(args.experiment, args, seed)
-        wanted = args.methods or ["no weighting", "oracle", "good rows alone", *experiment.methods, "holdout alone"]
+        sets = {"compared": compared(args.experiment), "controls": controls(args.experiment)}
+        if args.methods:
+            wanted = [method for name in args.methods for method in sets.get(name, [name])]
+        elif seed < FEWER_SEEDS:
+            wanted = [*sets["compared"], *sets["controls"], *experiment.methods, "holdout alone"]
+        else:
+            wanted = sets["compared"]
+        wanted = list(dict.fromkeys(wanted))
         done = {run["method"] for run in results["runs"] if run["seed"] == seed}
         if not [method for method in wanted if method not in done]:
             continue
         if not any(run["seed"] == seed and run["method"] == "before" for run in results["runs"]):
             results["runs"].append({"seed": seed, "method": "before", **experiment.measure(experiment.trainer().model)})
         known = {line["scorer"]: line for line in results["scores"] if line["seed"] == seed}
-        if not set(wanted) <= set(BARE):
+        if not {manner_of(method).weighting for method in wanted} <= set(BARE):
             experiment.scores = {name: np.array(line["values"]) for name, line in known.items()}
             variants = {}
-            if not experiment.pairs and seed == args.seeds[0]:
+            if not experiment.pairs and seed == 0 and args.methods is None:
                 variants = RETRIEVALS
             elif args.experiment == "preferences":
                 variants = {PER_TOKEN: PAIR_METHODS[PER_TOKEN]}
             scorers = {"ica", "likelihood"}
-            for method in set(wanted) & set(experiment.methods):
+            for method in {manner_of(method).weighting for method in wanted} & set(experiment.methods):
                 scorers |= set(parts_of(parse_score(experiment.methods[method]["score"])))
             results["scores"] += experiment.score(experiment.rows.holdout, scorers, variants)
             _save(file, results)
