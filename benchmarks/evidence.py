@@ -16,7 +16,6 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from evidence_page import FOLDER, write_page
+from evidence_methods import (
+    BARE,
+    CLEAN,
+    FEWER_SEEDS,
+    PAIR_METHODS,
+    PER_TOKEN,
+    SFT_METHODS,
+    SUM,
+    Cut,
+    compared,
+    controls,
+    cuts,
+    manner_of,
+    more_cuts,
+)
+from evidence_page import FOLDER, UNSCALED, write_page
 from evidence_rows import Row, Rows, draw
+from evidence_tokens import TokenLogprobs, kept_tokens, token_logprobs, train_weighted_tokens
 from ica_plugin import attach
 from ica_plugin.config import parse_config
 from ica_plugin.draws import draw as draw_rows
@@ -41,9 +56,6 @@ from ica_plugin.scoring.expression import parse_score, parts_of
 from ica_plugin.tools.audit import auroc
 from ica_plugin.weighting import Weights, weights_from_scores
 from scoring import machine_name
-
-SUM = "ica + likelihood"
-PER_TOKEN = "ica, per token"
 
 # Sizes and learning rates were chosen so that the oracle is ahead of no weighting, before any other method was run.
 EXPERIMENTS: dict[str, dict[str, Any]] = {
@@ -74,120 +86,16 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "scorers": ["ica", "likelihood", "one_shot", "lossdiff", "rds", "influence", "random"],
     },
 }
+# Nothing is spoilt here: what a method must not lose.
+EXPERIMENTS["gsm8k"] = EXPERIMENTS["noise"] | {
+    "rows": {"clean": 96, "holdout": 200, "test": 48},
+    "scorers": ["ica", "likelihood"],
+}
+EXPERIMENTS["alpaca"] = EXPERIMENTS["gsm8k"] | {"learning_rate": 1e-3}
 # SimPO needs larger steps to move. Its rows are those of DPO, so the costly scorers are not tried again.
 EXPERIMENTS["simpo"] = EXPERIMENTS["preferences"] | {"learning_rate": 3e-3, "scorers": ["ica", "likelihood", "rds", "random"]}
 
-# Method → keys of the `ica:` block.
-METHODS: dict[str, dict[str, Any]] = {
-    "ica": {"score": "ica"},
-    "ica, rank": {"score": "ica", "weighting": "rank"},
-    "ica, minmax": {"score": "ica", "weighting": "minmax"},
-    "likelihood": {"score": "likelihood"},
-    SUM: {"score": SUM},
-    "one_shot": {"score": "one_shot"},
-    "rds": {"score": "rds"},
-    "influence": {"score": "influence"},
-    "random": {"score": "random"},
-}
-SFT_METHODS = METHODS | {
-    "ica, refreshed": {"score": "ica", "refresh_interval": 0.25},
-    f"{SUM}, refreshed": {"score": SUM, "refresh_interval": 0.25},
-    f"{SUM}, rank": {"score": SUM, "weighting": "rank"},
-    f"{SUM}, top": {"score": SUM, "weighting": "top"},
-    f"{SUM}, temperature 0.5": {"score": SUM, "temperature": 0.5},
-    f"{SUM}, best third alone": {"score": SUM, "weighting": "top", "keep": 1 / 3},
-    "rho": {"score": "rho"},
-}
-PAIR_METHODS = METHODS | {
-    f"{SUM}, best two thirds alone": {"score": SUM, "weighting": "top", "keep": 2 / 3},
-    "ica, best two thirds alone": {"score": "ica", "weighting": "top", "keep": 2 / 3},
-    "ica, top": {"score": "ica", "weighting": "top"},
-    PER_TOKEN: {"score": "ica", "length_normalize": True},
-    f"{PER_TOKEN}, rank": {"score": "ica", "length_normalize": True, "weighting": "rank"},
-    f"{PER_TOKEN}, top": {"score": "ica", "length_normalize": True, "weighting": "top"},
-    f"{PER_TOKEN}, best two thirds alone": {"score": "ica", "length_normalize": True, "weighting": "top", "keep": 2 / 3},
-    "lossdiff": {"score": "lossdiff"},
-    "ica, refreshed": {"score": "ica", "refresh_interval": 0.5},
-    "ica-irm, refreshed": {"score": "ica-irm", "weighting": "top", "refresh_interval": 0.5},
-    "lossdiff-irm, refreshed": {"score": "lossdiff-irm", "weighting": "top", "refresh_interval": 0.5},
-}
-BARE = ("no weighting", "oracle", "good rows alone", "holdout alone")
-# The score that each experiment's other ways to train are compared with, and its share of rows that trains best alone.
-SCORE = {"noise": SUM, "off-target": SUM, "preferences": PER_TOKEN, "simpo": "ica"}
-BEST = {"noise": "best third", "off-target": "best third", "preferences": "best two thirds", "simpo": "best two thirds"}
-
-
-def compared(name: str) -> list[str]:
-    """Methods that are run with every seed."""
-    score = SCORE[name]
-    return [
-        "no weighting",
-        f"{score}, top, drawn",
-        f"{score}, rank, drawn",
-        "oracle, drawn",
-        f"{score}, drawn",
-        f"{score}, top",
-        f"{score}, rank",
-        score,
-        "ica",
-        "oracle",
-        "good rows alone",
-        f"{score}, {BEST[name]} alone",
-    ]
-
-
-def controls(name: str) -> list[str]:
-    """Methods that are run with the first three seeds: fewer steps, and other step sizes."""
-    score = SCORE[name]
-    return [
-        f"{score}, top, drawn, half the epoch",
-        f"{score}, rank, learning rate / √ESS",
-        f"{score}, learning rate / √ESS",
-        *(
-            f"{method}, learning rate / 3"
-            for method in dict.fromkeys(
-                ["no weighting", "ica", "oracle", f"{score}, rank", f"{score}, rank, drawn", f"{score}, top, drawn"]
-            )
-        ),
-    ]
-
-
-@dataclass(frozen=True)
-class Manner:
-    """How a method trains with its weights.
-
-    Attributes:
-        weighting: the method without what follows: a key of METHODS, or one of BARE.
-        drawn: rows are trained as often as their weight says, instead of once with a scaled gradient.
-        share: places of the epoch, as a share of the rows.
-        divisor: of the learning rate; None: the square root of the weights' effective sample size.
-    """
-
-    weighting: str
-    drawn: bool = False
-    share: float = 1.0
-    divisor: float | None = 1.0
-
-
-ENDINGS: dict[str, dict[str, Any]] = {
-    ", drawn": {"drawn": True},
-    ", half the epoch": {"share": 0.5},
-    ", learning rate / 3": {"divisor": 3.0},
-    ", learning rate / √ESS": {"divisor": None},
-}
-
-
-def manner_of(method: str) -> Manner:
-    """What the endings of a method's name say."""
-    found: dict[str, Any] = {}
-    while ending := next((ending for ending in ENDINGS if method.endswith(ending)), None):
-        found |= ENDINGS[ending]
-        method = method.removesuffix(ending)
-    return Manner(method, **found)
-
-
 # Other ways to ICA. How demonstrations are found: scores of the first seed's rows, no training. SimPO's is per token by itself.
-FEWER_SEEDS = 3  # of what is not in `compared`
 RETRIEVALS = {f"ica, retrieval {name}": {"score": "ica", "retrieval": name} for name in ("bm25", "random")}
 LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 HOLDOUT_ADAPTER = {"steps": 25, "learning_rate": 1e-3}
@@ -243,12 +151,13 @@ class Experiment:
         # CPOTrainer sets it too, but after it made its collator.
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         drawn = "preferences" if name == "simpo" else name
-        sizes = {kind: count * (args.scale if kind != "test" else 1) for kind, count in self.settings["rows"].items()}
+        sizes = {kind: count * (1 if kind in UNSCALED else args.scale) for kind, count in self.settings["rows"].items()}
         self.rows: Rows = draw(drawn, Path(args.data), self._fits, seed, sizes)
         self.kinds = np.array([row["kind"] for row in self.rows.train])
         self.pairs = "chosen" in self.rows.train[0]
         self.scores: dict[str, np.ndarray] = {}
         self.tokens = np.array([self._answer_tokens(row) for row in self.rows.train])
+        self._logprobs: TokenLogprobs | None = None
 
     def _fits(self, row: Row) -> bool:
         return all(
@@ -407,6 +316,8 @@ class Experiment:
             callback = attach(trainer, self.block(keys), holdout=_dataset(self.rows.holdout))
         if weights is not None:
             trained["effective sample size"] = weights.effective_sample_size
+        if manner.cut is not None:
+            trained |= self._leave_tokens_out(trainer, manner.cut, draws)
         begin = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - begin
@@ -419,6 +330,21 @@ class Experiment:
             **trained,
             **self.measure(trainer.model),
         }
+
+    def _leave_tokens_out(self, trainer: Any, cut: Cut, draws: np.ndarray) -> dict[str, Any]:
+        """Give the tokens below the threshold weight 0 and the others mean 1 over all tokens trained; shares left out."""
+        if self._logprobs is None:
+            self._logprobs = token_logprobs(attach(self.trainer(), self.block({}), holdout=_dataset(self.rows.holdout)))
+            assert [len(values) for values in self._logprobs.train[True]] == self.tokens.tolist()
+        kept = kept_tokens(self._logprobs, cut, always=self.tokenizer.eos_token_id)
+        left = np.array([values.sum() for values in kept])
+        scale = (draws * self.tokens).sum() / (draws * left).sum()
+        train_weighted_tokens(trainer, self._logprobs.sequences, [scale * values for values in kept])
+        shares = {kind: 1 - left[self.kinds == kind].sum() / count for kind, count in self._by_kind(self.tokens).items()}
+        return {"tokens left out": 1 - 1 / scale, "of each kind": shares}
+
+    def _by_kind(self, counts: np.ndarray) -> dict[str, int]:
+        return {kind: int(counts[self.kinds == kind].sum()) for kind in dict.fromkeys(self.kinds.tolist())}
 
     @torch.no_grad()
     def measure(self, model: Any) -> dict[str, float]:
@@ -481,16 +407,30 @@ def _save(file: Path, results: dict[str, Any]) -> None:
     whole.replace(file)
 
 
+def wanted_methods(experiment: Experiment) -> list[str]:
+    """Those that the command line names, or all that are to be run with the experiment's seed."""
+    name, args = experiment.name, experiment.args
+    sets = {"compared": compared(name), "controls": controls(name), "cuts": cuts(name), "more-cuts": more_cuts(name)}
+    if args.methods:
+        wanted = [method for given in args.methods for method in sets.get(given, [given])]
+    elif name in CLEAN:
+        wanted = ["no weighting", f"{SUM}, top, drawn", *sets["cuts"], *sets["more-cuts"]]
+    elif experiment.seed >= FEWER_SEEDS:
+        wanted = sets["compared"]
+    else:
+        of_tokens = [] if experiment.pairs else [*sets["cuts"], *sets["more-cuts"]]
+        wanted = [*sets["compared"], *sets["controls"], *of_tokens, *experiment.methods, "holdout alone"]
+    return list(dict.fromkeys(wanted))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--model", required=True), parser.add_argument("--data", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument(
-        "--methods", nargs="+", help="only these, or `compared` or `controls`; default: all, with seeds from 3 on `compared`"
-    )
+    parser.add_argument("--methods", nargs="+", help="only these, or sets: compared, controls, cuts, more-cuts; default: all")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--scale", type=int, default=1, help="times as many rows, for a GPU")
+    parser.add_argument("--scale", type=int, default=1, help="times as many train rows")
     parser.add_argument("--out", type=Path, help="another file for the results; the page is then left alone")
     args = parser.parse_args()
 
@@ -503,14 +443,7 @@ def main() -> None:
     results |= {"machine": machine_name(), "threads": torch.get_num_threads(), **setup}
     for seed in args.seeds:
         experiment = Experiment(args.experiment, args, seed)
-        sets = {"compared": compared(args.experiment), "controls": controls(args.experiment)}
-        if args.methods:
-            wanted = [method for name in args.methods for method in sets.get(name, [name])]
-        elif seed < FEWER_SEEDS:
-            wanted = [*sets["compared"], *sets["controls"], *experiment.methods, "holdout alone"]
-        else:
-            wanted = sets["compared"]
-        wanted = list(dict.fromkeys(wanted))
+        wanted = wanted_methods(experiment)
         done = {run["method"] for run in results["runs"] if run["seed"] == seed}
         if not [method for method in wanted if method not in done]:
             continue
