@@ -5,7 +5,7 @@
     python benchmarks/evidence.py preferences ...
     python benchmarks/evidence.py simpo ...
 
-For each seed, rows are drawn, scored with the policy as it is before the first step, and a LoRA is trained once per method by
+For each seed, rows are taken, scored with the policy as it is before the first step, and a LoRA is trained once per method by
 TRL's own trainers. Results are kept after every run in docs/evidence/<experiment>.json, so a stopped command goes on where it
 was; docs/evidence.md gets the tables and pictures of all experiments that are there.
 """
@@ -24,22 +24,38 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from scipy.stats import spearmanr
+from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from evidence_page import FOLDER, write_page
+from evidence_methods import (
+    BARE,
+    CLEAN,
+    FEWER_SEEDS,
+    PAIR_METHODS,
+    PER_TOKEN,
+    SFT_METHODS,
+    SUM,
+    Cut,
+    compared,
+    controls,
+    cuts,
+    manner_of,
+    more_cuts,
+)
+from evidence_page import FOLDER, UNSCALED, write_page
 from evidence_rows import Row, Rows, draw
+from evidence_tokens import TokenLogprobs, kept_tokens, token_logprobs, train_weighted_tokens
 from ica_plugin import attach
 from ica_plugin.config import parse_config
 from ica_plugin.expression import parse_score, parts_of
 from ica_plugin.scorers import scores_for, total_score
 from ica_plugin.tools.measures import auroc
-from ica_plugin.weighting.weights import weights_from_scores
+from ica_plugin.weighting.draws import draw as draw_rows
+from ica_plugin.weighting.draws import fill
+from ica_plugin.weighting.weights import Weights, weights_from_scores
 from scoring import machine_name
-
-SUM = "ica + likelihood"
-PER_TOKEN = "ica, per token"
 
 # Sizes and learning rates were chosen so that the oracle is ahead of no weighting, before any other method was run.
 EXPERIMENTS: dict[str, dict[str, Any]] = {
@@ -70,45 +86,55 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "scorers": ["ica", "likelihood", "one_shot", "lossdiff", "rds", "influence", "random"],
     },
 }
+# Nothing is spoilt here: what a method must not lose.
+EXPERIMENTS["gsm8k"] = EXPERIMENTS["noise"] | {
+    "rows": {"clean": 96, "holdout": 200, "test": 48},
+    "scorers": ["ica", "likelihood"],
+}
+EXPERIMENTS["alpaca"] = EXPERIMENTS["gsm8k"] | {"learning_rate": 1e-3}
 # SimPO needs larger steps to move. Its rows are those of DPO, so the costly scorers are not tried again.
 EXPERIMENTS["simpo"] = EXPERIMENTS["preferences"] | {"learning_rate": 3e-3, "scorers": ["ica", "likelihood", "rds", "random"]}
 
-# Method → keys of the `ica:` block.
-METHODS: dict[str, dict[str, Any]] = {
-    "ica": {"score": "ica"},
-    "ica, rank": {"score": "ica", "weighting": "rank"},
-    "ica, minmax": {"score": "ica", "weighting": "minmax"},
-    "likelihood": {"score": "likelihood"},
-    SUM: {"score": SUM},
-    "one_shot": {"score": "one_shot"},
-    "rds": {"score": "rds"},
-    "influence": {"score": "influence"},
-    "random": {"score": "random"},
-}
-SFT_METHODS = METHODS | {
-    "ica, refreshed": {"score": "ica", "refresh_interval": 0.25},
-    f"{SUM}, refreshed": {"score": SUM, "refresh_interval": 0.25},
-    f"{SUM}, rank": {"score": SUM, "weighting": "rank"},
-    f"{SUM}, temperature 0.5": {"score": SUM, "temperature": 0.5},
-    f"{SUM}, best third alone": {"score": SUM, "weighting": "top", "keep": 1 / 3},
-    "rho": {"score": "rho"},
-}
-PAIR_METHODS = METHODS | {
-    f"{SUM}, best two thirds alone": {"score": SUM, "weighting": "top", "keep": 2 / 3},
-    "ica, best two thirds alone": {"score": "ica", "weighting": "top", "keep": 2 / 3},
-    PER_TOKEN: {"score": "ica", "length_normalize": True},
-    f"{PER_TOKEN}, best two thirds alone": {"score": "ica", "length_normalize": True, "weighting": "top", "keep": 2 / 3},
-    "lossdiff": {"score": "lossdiff"},
-    "ica, refreshed": {"score": "ica", "refresh_interval": 0.5},
-    "ica-irm, refreshed": {"score": "ica-irm", "weighting": "top", "refresh_interval": 0.5},
-    "lossdiff-irm, refreshed": {"score": "lossdiff-irm", "weighting": "top", "refresh_interval": 0.5},
-}
-BARE = ("no weighting", "oracle", "good rows alone", "holdout alone")
 # Other ways to ICA. How demonstrations are found: scores of the first seed's rows, no training. SimPO's is per token by itself.
 RETRIEVALS = {f"ica, retrieval {name}": {"score": "ica", "retrieval": name} for name in ("bm25", "random")}
 LORA = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 HOLDOUT_ADAPTER = {"steps": 25, "learning_rate": 1e-3}
 HOLDOUT_ADAPTER_OF_PAIRS = HOLDOUT_ADAPTER | {"steps": 10}
+
+
+class DrawnOrder(Sampler[int]):
+    """The host's order of an epoch with rows in it as often as they were drawn.
+
+    Args:
+        host: its sampler.
+        draws: int [rows], how often each is trained.
+    """
+
+    def __init__(self, host: Any, draws: np.ndarray):
+        self.host, self.draws = host, draws
+
+    def __iter__(self):
+        return iter(fill(np.array(list(self.host)), self.draws).tolist())
+
+    def __len__(self) -> int:
+        return int(self.draws.sum())
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.host, "set_epoch"):
+            self.host.set_epoch(epoch)
+
+
+def train_drawn(trainer: Any, draws: np.ndarray) -> None:
+    """Make a trainer train each row as often as it was drawn, in its own order otherwise: `apply: sample` without the plugin, which
+    has no token weights yet."""
+    host_loader = trainer.get_train_dataloader
+
+    def drawn_loader() -> Any:
+        loader = host_loader()
+        loader.batch_sampler.sampler = DrawnOrder(loader.batch_sampler.sampler, draws)
+        return loader
+
+    trainer.get_train_dataloader = drawn_loader
 
 
 class Experiment:
@@ -126,12 +152,13 @@ class Experiment:
         # CPOTrainer sets it too, but after it made its collator.
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         drawn = "preferences" if name == "simpo" else name
-        sizes = {kind: count * (args.scale if kind != "test" else 1) for kind, count in self.settings["rows"].items()}
+        sizes = {kind: count * (1 if kind in UNSCALED else args.scale) for kind, count in self.settings["rows"].items()}
         self.rows: Rows = draw(drawn, Path(args.data), self._fits, seed, sizes)
         self.kinds = np.array([row["kind"] for row in self.rows.train])
         self.pairs = "chosen" in self.rows.train[0]
         self.scores: dict[str, np.ndarray] = {}
         self.tokens = np.array([self._answer_tokens(row) for row in self.rows.train])
+        self._logprobs: TokenLogprobs | None = None
 
     def _fits(self, row: Row) -> bool:
         return all(
@@ -149,17 +176,23 @@ class Experiment:
         tokens, prompt = self._tokens(row, "chosen" if self.pairs else "completion")
         return len(tokens) - prompt
 
-    def trainer(self, rows: list[Row] | None = None) -> Any:
-        """A fresh LoRA on the model, and TRL's trainer for it; with `rows`, as many steps on them as on the train rows."""
+    def trainer(self, rows: list[Row] | None = None, *, places: int | None = None, learning_rate: float | None = None) -> Any:
+        """A fresh LoRA on the model, and TRL's trainer for it.
+
+        Args:
+            rows: to train on, instead of the train rows.
+            places: rows trained; default: as many as there are train rows.
+            learning_rate: default: the experiment's.
+        """
         gpu = torch.cuda.is_available()
         torch.manual_seed(self.seed)
         model = AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.bfloat16)
-        steps = -(-len(self.rows.train) // self.args.batch)
+        steps = -(-(places or len(self.rows.train)) // self.args.batch)
         settings = {
             "output_dir": tempfile.mkdtemp(),
             "per_device_train_batch_size": self.args.batch,
             "max_steps": steps,
-            "learning_rate": self.settings["learning_rate"],
+            "learning_rate": learning_rate or self.settings["learning_rate"],
             "seed": self.seed,
             "use_cpu": not gpu,
             "bf16": gpu,
@@ -184,24 +217,28 @@ class Experiment:
         )
 
     def block(self, keys: dict[str, Any]) -> dict[str, Any]:
+        """The block of a method, which names what the block's defaults would follow the run in."""
         adapter = HOLDOUT_ADAPTER_OF_PAIRS if self.pairs else HOLDOUT_ADAPTER
-        return {"holdout_adapter": adapter, "seed": self.seed, **keys}
+        named = {"score": "ica", "weighting": "softmax", "apply": "gradient", "length_normalize": self.name == "simpo"}
+        return {"holdout_adapter": adapter, "seed": self.seed, **named, **keys}
 
     def score(self, holdout: list[Row], scorers: set[str], variants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         """Score the train rows before the first step by each of the scorers that `scores` lacks; ICA also by `variants`."""
         lines = []
-        callback = attach(self.trainer(), self.block({}), holdout=_dataset(holdout))
-        assert self.pairs or np.array_equal(self.tokens, callback.tokens)
-        rows, host_normalizes = list(range(len(callback.train))), callback.scoring.length_normalize
-        retrieved: dict[str, list[list[int]]] = {}
         plans = {name: {"score": name} for name in self.settings["scorers"] if name in scorers} | variants
-        for label in [label for label in plans if label not in self.scores]:
+        missing = [label for label in plans if label not in self.scores]
+        if missing:
+            callback = attach(self.trainer(), self.block({}), holdout=_dataset(holdout))
+            assert self.pairs or np.array_equal(self.tokens, callback.refresh.tokens)
+            rows, scoring = list(range(len(callback.train))), callback.scoring
+        retrieved: dict[str, list[list[int]]] = {}
+        for label in missing:
             begin = time.monotonic()
-            config = callback.scoring.config = parse_config(self.block({"holdout": "rows", **plans[label]}))
-            callback.scoring.length_normalize = host_normalizes if config.length_normalize is None else config.length_normalize
+            config = scoring.config = parse_config(self.block({"holdout": "rows", **plans[label]}))
+            scoring.length_normalize = bool(config.length_normalize)
             if config.shows_demonstrations and config.retrieval not in retrieved:
-                retrieved[config.retrieval] = callback.scoring.find_demonstrations(rows)
-            context = callback.scoring.context(rows, retrieved.get(config.retrieval, [[] for _ in rows]))
+                retrieved[config.retrieval] = scoring.find_demonstrations(rows)
+            context = scoring.context(rows, retrieved.get(config.retrieval, [[] for _ in rows]))
             self.scores[label] = total_score(config, scores_for(context))
             lines.append(self._described(label, self.scores[label], time.monotonic() - begin))
         for label in ("ica", *variants):
@@ -224,9 +261,6 @@ class Experiment:
             "auroc": {kind: auroc(np.concatenate([scores[good], scores[self.kinds == kind]]), int(good.sum())) for kind in kinds},
         }
 
-    def _mean_one(self, good: np.ndarray) -> np.ndarray:
-        return good / np.average(good, weights=None if self.pairs else self.tokens)
-
     @property
     def methods(self) -> dict[str, dict[str, Any]]:
         """Those that refresh, or whose scorers are the experiment's."""
@@ -238,27 +272,61 @@ class Experiment:
             and ("length_normalize" not in keys or self.name == "preferences")
         }
 
+    def weights(self, method: str, *, by_token: bool) -> Weights | None:
+        """Weights of the train rows before the first step; None where the method has none or finds them in the run.
+
+        Args:
+            method: a weighting, without how it trains.
+            by_token: mean 1 over supervised tokens, as for scaled gradients of SFT, instead of over rows.
+        """
+        keys = self.methods.get(method)
+        if method == "oracle":
+            good = self.kinds == self.rows.good
+            no = np.zeros(len(good), bool)
+            return Weights(good / np.average(good, weights=self.tokens if by_token else None), no, no)
+        if keys is None or "refresh_interval" in keys:
+            return None
+        config = parse_config(self.block({"holdout": "rows", **keys}))
+        columns = self.scores | (
+            {"ica": self.scores[PER_TOKEN]} if config.length_normalize and self.name == "preferences" else {}
+        )
+        return weights_from_scores(total_score(config, columns), config, tokens=self.tokens, by_token=by_token)
+
     def run(self, method: str) -> dict[str, Any]:
         """Train by a method, and measure on the test rows."""
-        keys = self.methods.get(method)
-        weights = None
-        if method == "oracle":
-            weights = self._mean_one(self.kinds == self.rows.good)
-        elif keys is not None and "refresh_interval" not in keys:
-            config = parse_config(self.block({"holdout": "rows", **keys}))
-            columns = self.scores | ({"ica": self.scores[PER_TOKEN]} if config.length_normalize else {})
-            weights = weights_from_scores(
-                total_score(config, columns), config, tokens=self.tokens, by_token=not self.pairs
-            ).values
-        alone = {"holdout alone": self.rows.holdout}.get(method)
-        if method.endswith("alone") and alone is None:
-            kept = self.kinds == self.rows.good if weights is None else weights > 0
+        manner = manner_of(method)
+        keys = self.methods.get(manner.weighting)
+        if keys is None and manner.weighting not in BARE:
+            raise SystemExit(f"{self.name} has no method `{method}`.")
+        weights = self.weights(manner.weighting, by_token=not self.pairs and not manner.drawn)
+        alone = {"holdout alone": self.rows.holdout}.get(manner.weighting)
+        if manner.weighting.endswith("alone") and alone is None:
+            kept = self.kinds == self.rows.good if weights is None else weights.values > 0
             alone, weights = [row for row, keep in zip(self.rows.train, kept, strict=True) if keep], None
-        trainer, callback = self.trainer(alone), None
-        if weights is not None:
-            callback = attach(trainer, weights=weights)
+        divisor = manner.divisor or weights.effective_sample_size**0.5
+        places = round(manner.share * len(self.rows.train))
+        trainer = self.trainer(alone, places=places, learning_rate=self.settings["learning_rate"] / divisor)
+        callback, trained = None, {}
+        if manner.drawn:
+            draws = draw_rows(weights.values, places, seed=self.seed, epoch=0)
+            if manner.cut is None:
+                block = {"apply": "sample", "epoch_share": manner.share, "seed": self.seed}
+                callback = attach(trainer, block, weights=weights.values)
+            else:
+                train_drawn(trainer, draws)
+            kinds = dict.fromkeys(self.kinds.tolist())
+            trained = {
+                "distinct": int((draws > 0).sum()),
+                "places": {kind: int(draws[self.kinds == kind].sum()) for kind in kinds},
+            }
+        elif weights is not None:
+            callback = attach(trainer, {"apply": "gradient"}, weights=weights.values)
         elif keys is not None and alone is None:
             callback = attach(trainer, self.block(keys), holdout=_dataset(self.rows.holdout))
+        if weights is not None:
+            trained["effective sample size"] = weights.effective_sample_size
+        if manner.cut is not None:
+            trained |= self._leave_tokens_out(trainer, manner.cut, draws)
         begin = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - begin
@@ -268,8 +336,24 @@ class Experiment:
             "seconds": seconds,
             "scoring seconds": callback.clock.scoring_seconds if callback else 0.0,
             "steps": trainer.state.global_step,
+            **trained,
             **self.measure(trainer.model),
         }
+
+    def _leave_tokens_out(self, trainer: Any, cut: Cut, draws: np.ndarray) -> dict[str, Any]:
+        """Give the tokens below the threshold weight 0 and the others mean 1 over all tokens trained; shares left out."""
+        if self._logprobs is None:
+            self._logprobs = token_logprobs(attach(self.trainer(), self.block({}), holdout=_dataset(self.rows.holdout)))
+            assert [len(values) for values in self._logprobs.train[True]] == self.tokens.tolist()
+        kept = kept_tokens(self._logprobs, cut, always=self.tokenizer.eos_token_id)
+        left = np.array([values.sum() for values in kept])
+        scale = (draws * self.tokens).sum() / (draws * left).sum()
+        train_weighted_tokens(trainer, self._logprobs.sequences, [scale * values for values in kept])
+        shares = {kind: 1 - left[self.kinds == kind].sum() / count for kind, count in self._by_kind(self.tokens).items()}
+        return {"tokens left out": 1 - 1 / scale, "of each kind": shares}
+
+    def _by_kind(self, counts: np.ndarray) -> dict[str, int]:
+        return {kind: int(counts[self.kinds == kind].sum()) for kind in dict.fromkeys(self.kinds.tolist())}
 
     @torch.no_grad()
     def measure(self, model: Any) -> dict[str, float]:
@@ -327,21 +411,39 @@ def _dataset(rows: list[Row]) -> Dataset:
 
 def _save(file: Path, results: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1))
+    whole = file.with_suffix(".partial")
+    whole.write_text(json.dumps(results, indent=1))
+    whole.replace(file)
+
+
+def wanted_methods(experiment: Experiment) -> list[str]:
+    """Those that the command line names, or all that are to be run with the experiment's seed."""
+    name, args = experiment.name, experiment.args
+    sets = {"compared": compared(name), "controls": controls(name), "cuts": cuts(name), "more-cuts": more_cuts(name)}
+    if args.methods:
+        wanted = [method for given in args.methods for method in sets.get(given, [given])]
+    elif name in CLEAN:
+        wanted = ["no weighting", f"{SUM}, top, drawn", *sets["cuts"], *sets["more-cuts"]]
+    elif experiment.seed >= FEWER_SEEDS:
+        wanted = sets["compared"]
+    else:
+        of_tokens = [] if experiment.pairs else [*sets["cuts"], *sets["more-cuts"]]
+        wanted = [*sets["compared"], *sets["controls"], *of_tokens, *experiment.methods, "holdout alone"]
+    return list(dict.fromkeys(wanted))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--model", required=True), parser.add_argument("--data", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--methods", nargs="+", help="only these, or sets: compared, controls, cuts, more-cuts; default: all")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--scale", type=int, default=1, help="times as many rows, for a GPU")
+    parser.add_argument("--scale", type=int, default=1, help="times as many train rows")
     parser.add_argument("--out", type=Path, help="another file for the results; the page is then left alone")
     args = parser.parse_args()
 
-    file = args.out or FOLDER / f"{args.experiment}.json"
+    file = args.out or FOLDER / f"{args.experiment}{f'-{args.scale}x' if args.scale > 1 else ''}.json"
     results = json.loads(file.read_text()) if file.exists() else {"scores": [], "runs": []}
     setup = {"model": Path(args.model).name, "batch": args.batch, "scale": args.scale, "settings": EXPERIMENTS[args.experiment]}
     other = [key for key, value in setup.items() if results.get(key, value) != value]
@@ -350,22 +452,22 @@ def main() -> None:
     results |= {"machine": machine_name(), "threads": torch.get_num_threads(), **setup}
     for seed in args.seeds:
         experiment = Experiment(args.experiment, args, seed)
-        wanted = args.methods or ["no weighting", "oracle", "good rows alone", *experiment.methods, "holdout alone"]
+        wanted = wanted_methods(experiment)
         done = {run["method"] for run in results["runs"] if run["seed"] == seed}
         if not [method for method in wanted if method not in done]:
             continue
         if not any(run["seed"] == seed and run["method"] == "before" for run in results["runs"]):
             results["runs"].append({"seed": seed, "method": "before", **experiment.measure(experiment.trainer().model)})
         known = {line["scorer"]: line for line in results["scores"] if line["seed"] == seed}
-        if not set(wanted) <= set(BARE):
+        if not {manner_of(method).weighting for method in wanted} <= set(BARE):
             experiment.scores = {name: np.array(line["values"]) for name, line in known.items()}
             variants = {}
-            if not experiment.pairs and seed == args.seeds[0]:
+            if not experiment.pairs and seed == 0 and args.methods is None:
                 variants = RETRIEVALS
             elif args.experiment == "preferences":
                 variants = {PER_TOKEN: PAIR_METHODS[PER_TOKEN]}
             scorers = {"ica", "likelihood"}
-            for method in set(wanted) & set(experiment.methods):
+            for method in {manner_of(method).weighting for method in wanted} & set(experiment.methods):
                 scorers |= set(parts_of(parse_score(experiment.methods[method]["score"])))
             results["scores"] += experiment.score(experiment.rows.holdout, scorers, variants)
             _save(file, results)

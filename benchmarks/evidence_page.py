@@ -10,6 +10,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from evidence_methods import BEST, SCORE, baseline_of
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
@@ -17,28 +19,87 @@ PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
 FOLDER = PAGE.with_suffix("")
 # Metric → whether less of it is better.
 METRICS = {"loss": True, "margin": False, "accuracy": False}
+UNSCALED = ("holdout", "test")  # by `--scale`
+DIGITS = {"loss": 4, "accuracy": 3, "margin": 3}
 
 
 def write_page() -> None:
     """Put each experiment's tables between its two marks in docs/evidence.md, and its picture beside its results."""
     text = PAGE.read_text()
-    for file in sorted(FOLDER.glob("*.json")):
-        results, name = json.loads(file.read_text()), file.stem
-        draw(results, file.with_suffix(".png"))
+    found = {file.stem: json.loads(file.read_text()) for file in sorted(FOLDER.glob("*.json"))}
+    for name, results in found.items():
+        draw(results, FOLDER / f"{name}.png")
         picture = f"![{name}: what each method changes](evidence/{name}.png)"
-        tables = "\n\n".join(["", described(results), methods(results), picture, scorers(results), ""])
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        between = start + tables + end
-        text, found = re.subn(f"{start}.*?{end}", lambda _, between=between: between, text, flags=re.S)
-        if not found:
-            raise SystemExit(f"{PAGE}: no `{start}` … `{end}` to put the tables between.")
+        text = _between(text, name, described(results), methods(results), picture, scorers(results))
+    text = _between(text, "ways", ways({name: results for name, results in found.items() if name in WAYS}))
     PAGE.write_text(text)
+
+
+def _between(text: str, name: str, *parts: str) -> str:
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    filled = start + "\n\n".join(["", *(part for part in parts if part), ""]) + end
+    text, found = re.subn(f"{start}.*?{end}", lambda _: filled, text, flags=re.S)
+    if not found:
+        raise SystemExit(f"{PAGE}: no `{start}` … `{end}` to put the tables between.")
+    return text
+
+
+# The settings in which ways to train with weights are compared, and the metric of each.
+WAYS = {"noise": "loss", "off-target": "loss", "preferences": "margin", "simpo": "margin"}
+
+
+def ways(found: dict[str, dict[str, Any]]) -> str:
+    """Table of what the same weights gain as scaled gradients and as drawn rows, in every setting."""
+    lines = []
+    for title, method in {
+        "oracle, gradients scaled": "oracle",
+        "oracle, rows drawn": "oracle, drawn",
+        "softmax, gradients scaled": "{score}",
+        "softmax, rows drawn": "{score}, drawn",
+        "rank, gradients scaled": "{score}, rank",
+        "rank, rows drawn": "{score}, rank, drawn",
+        "best half, gradients scaled": "{score}, top",
+        "best half, rows drawn": "{score}, top, drawn",
+        "best share alone, over and over": "{score}, {best} alone",
+        "good rows alone, over and over": "good rows alone",
+        "softmax of `ica`, gradients scaled": "ica",
+    }.items():
+        cells = []
+        for name, results in found.items():
+            cells.append(_gain_cell(gains(results, method.format(score=SCORE[name], best=BEST[name]), WAYS[name]), WAYS[name]))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    for title, drawn, scaled in (
+        ("oracle: drawn less scaled", "oracle, drawn", "oracle"),
+        ("softmax: drawn less scaled", "{score}, drawn", "{score}"),
+        ("rank: drawn less scaled", "{score}, rank, drawn", "{score}, rank"),
+        ("best half: drawn less scaled", "{score}, top, drawn", "{score}, top"),
+    ):
+        cells = []
+        for name, results in found.items():
+            one, other = (method.format(score=SCORE[name]) for method in (drawn, scaled))
+            cells.append(_gain_cell(gains(results, one, WAYS[name], other), WAYS[name]))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    head = [f"{name}, {WAYS[name]} (`{SCORE[name]}`)" for name in found]
+    return "\n".join([f"| weights and how they act | {' | '.join(head)} |", "|" + "---|" * (len(head) + 1), *lines])
+
+
+def _gain_cell(gain: np.ndarray, metric: str) -> str:
+    if not len(gain):
+        return "not run"
+    apart = _apart(gain)
+    return f"{_spread(gain, DIGITS[metric], '+')} ({f'{apart} sd, ' if apart else ''}{len(gain)} seeds)"
+
+
+def _apart(gain: np.ndarray) -> str:
+    return f"{gain.mean() / gain.std(ddof=1):+.1f}" if len(gain) > 1 and gain.std(ddof=1) > 1e-9 else ""
 
 
 def described(results: dict[str, Any]) -> str:
     """One sentence on what was run where."""
     settings = results["settings"]
-    rows = ", ".join(f"{count * (1 if kind == 'test' else results['scale'])} {kind}" for kind, count in settings["rows"].items())
+    rows = ", ".join(
+        f"{count * (1 if kind in UNSCALED else results['scale'])} {kind}" for kind, count in settings["rows"].items()
+    )
     seeds = sorted({run["seed"] for run in results["runs"]})
     return (
         f"{results['model']} in bfloat16, LoRA r = 8 on the query and value projections, {rows} (rows of up to {settings['longest']} "
@@ -55,9 +116,10 @@ def _metrics(results: dict[str, Any]) -> list[str]:
     return [metric for metric in METRICS if metric in results["runs"][0]]
 
 
-def gains(results: dict[str, Any], method: str, metric: str) -> np.ndarray:
-    """How much better than no weighting, seed by seed: both are on the same rows, in the same order, from the same start."""
-    plain, mine = _of(results, "no weighting"), _of(results, method)
+def gains(results: dict[str, Any], method: str, metric: str, other: str | None = None) -> np.ndarray:
+    """How much better than another method (default: no weighting at the same learning rate), over the seeds that both were
+    run with: both are on the same rows, in the same order, from the same start."""
+    plain, mine = _of(results, other or baseline_of(method)), _of(results, method)
     sign = -1 if METRICS[metric] else 1
     return np.array([sign * (mine[seed][metric] - plain[seed][metric]) for seed in sorted(mine.keys() & plain.keys())])
 
@@ -70,30 +132,28 @@ def _spread(values: np.ndarray, digits: int, sign: str = "") -> str:
 def methods(results: dict[str, Any]) -> str:
     """Table of the methods, the best first; mean and standard deviation over seeds."""
     metrics = _metrics(results)
-    digits = {"loss": 4, "accuracy": 3, "margin": 3}
     names = [name for name in dict.fromkeys(run["method"] for run in results["runs"]) if name != "before"]
-    names.sort(key=lambda name: -gains(results, name, metrics[0]).mean())
+    names.sort(key=lambda name: np.mean([run[metrics[0]] for run in _of(results, name).values()]))
+    if not METRICS[metrics[0]]:
+        names.reverse()
     lines = []
     for name in ["before", *names]:
         runs = _of(results, name)
         cells = []
         for metric in metrics:
-            cells.append(_spread(np.array([run[metric] for run in runs.values()]), digits[metric]))
-            if name == "before":
-                cells += ["", ""]
-                continue
+            cells.append(_spread(np.array([run[metric] for run in runs.values()]), DIGITS[metric]))
             gain = gains(results, name, metric)
-            apart = f"{gain.mean() / gain.std(ddof=1):+.1f}" if len(gain) > 1 and gain.std(ddof=1) > 1e-9 else ""
-            cells += ["", ""] if name == "no weighting" else [_spread(gain, digits[metric], "+"), apart]
+            shown = name != "before" and name != baseline_of(name) and len(gain)
+            cells += [_spread(gain, DIGITS[metric], "+"), _apart(gain)] if shown else ["", ""]
         seconds = (
             [""] * 2
             if name == "before"
             else [f"{np.mean([run[key] for run in runs.values()]):.0f}" for key in ("seconds", "scoring seconds")]
         )
-        lines.append(f"| {name} | {' | '.join(cells)} | {seconds[0]} | {seconds[1]} |")
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {seconds[0]} | {seconds[1]} |")
     head = " | ".join(f"{metric} | gain over no weighting | in standard deviations" for metric in metrics)
-    columns = 3 * len(metrics) + 3
-    return "\n".join([f"| method | {head} | run, s | of it scoring, s |", "|" + "---|" * columns, *lines])
+    columns = 3 * len(metrics) + 4
+    return "\n".join([f"| method | seeds | {head} | run, s | of it scoring, s |", "|" + "---|" * columns, *lines])
 
 
 def scorers(results: dict[str, Any]) -> str:
@@ -122,7 +182,11 @@ def scorers(results: dict[str, Any]) -> str:
 def draw(results: dict[str, Any], file: Path) -> None:
     """Gain of each method over no weighting: a dot per seed, a line at the mean."""
     metric = _metrics(results)[0]
-    names = [name for name in dict.fromkeys(run["method"] for run in results["runs"]) if name not in ("before", "no weighting")]
+    names = [
+        name
+        for name in dict.fromkeys(run["method"] for run in results["runs"])
+        if name != "before" and name != baseline_of(name) and len(gains(results, name, metric))
+    ]
     names.sort(key=lambda name: gains(results, name, metric).mean())
     figure, axes = plt.subplots(figsize=(7, 0.3 * len(names) + 1))
     for i, name in enumerate(names):

@@ -32,15 +32,14 @@ def draw(experiment: str, data: Path, fits: Callable[[Row], bool], seed: int, si
     """The rows of an experiment.
 
     Args:
-        experiment: noise, off-target or preferences.
+        experiment: noise, off-target, preferences, gsm8k or alpaca.
         data: folder of the data files.
         fits: whether a row is short enough.
         seed: of the draw; test rows are the same for all seeds.
         sizes: rows of each kind, and `holdout` and `test`.
     """
-    return {"noise": _noise, "off-target": _off_target, "preferences": _preferences}[experiment](
-        data, fits, random.Random(seed), sizes
-    )
+    of = {"noise": _noise, "off-target": _off_target, "preferences": _preferences, "gsm8k": _clean_gsm8k, "alpaca": _clean_alpaca}
+    return of[experiment](data, fits, random.Random(seed), sizes)
 
 
 def _noise(data: Path, fits: Callable[[Row], bool], rng: random.Random, sizes: dict[str, int]) -> Rows:
@@ -73,6 +72,22 @@ def _off_target(data: Path, fits: Callable[[Row], bool], rng: random.Random, siz
     train = [{**sources[kind].pop(), "kind": kind} for kind in sources for _ in range(sizes[kind])]
     holdout = [sources["gsm8k"].pop() for _ in range(sizes["holdout"])]
     return Rows(_shuffled(train, rng), holdout, _test(data, fits, sizes), "gsm8k")
+
+
+def _clean_gsm8k(data: Path, fits: Callable[[Row], bool], rng: random.Random, sizes: dict[str, int]) -> Rows:
+    source = _shuffled([row for row in gsm8k(data / "gsm8k_train.jsonl") if fits(row)], rng)
+    return _clean(source, _test(data, fits, sizes), rng, sizes)
+
+
+def _clean_alpaca(data: Path, fits: Callable[[Row], bool], rng: random.Random, sizes: dict[str, int]) -> Rows:
+    rows = [row for row in instructions(data / "alpaca_en_demo.json") if fits(row)]
+    test = _shuffled(rows, random.Random(0))[: sizes["test"]]
+    return _clean(_shuffled([row for row in rows if row not in test], rng), test, rng, sizes)
+
+
+def _clean(source: list[Row], test: list[Row], rng: random.Random, sizes: dict[str, int]) -> Rows:
+    train = [{**source.pop(), "kind": "clean"} for _ in range(sizes["clean"])]
+    return Rows(_shuffled(train, rng), [source.pop() for _ in range(sizes["holdout"])], test, "clean")
 
 
 def _preferences(data: Path, fits: Callable[[Row], bool], rng: random.Random, sizes: dict[str, int]) -> Rows:
