@@ -87,11 +87,13 @@ def _gain_cell(gain: np.ndarray, metric: str) -> str:
     if not len(gain):
         return "not run"
     apart = _apart(gain)
-    return f"{_spread(gain, DIGITS[metric], '+')} ({f'{apart} sd, ' if apart else ''}{len(gain)} seeds)"
+    return (
+        f"{_spread(gain, DIGITS[metric], '+')} ({f'{apart} sd, ' if apart else ''}{len(gain)} seed{'s' if len(gain) > 1 else ''})"
+    )
 
 
 def _apart(gain: np.ndarray) -> str:
-    return f"{gain.mean() / gain.std(ddof=1):+.1f}" if len(gain) > 1 and gain.std(ddof=1) > 1e-9 else ""
+    return f"{gain.mean() / gain.std(ddof=1):+.1f}" if len(gain) > 2 and gain.std(ddof=1) > 1e-9 else ""
 
 
 def described(results: dict[str, Any]) -> str:
