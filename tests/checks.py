@@ -211,7 +211,7 @@ def record_training_weights(trainer) -> list[tuple[tuple, float]]:
     def recording(model, inputs, *args, **kwargs):
         if ROW_IDS in inputs and model.training:
             rows = inputs[ROW_IDS]
-            weights = callback.training_weights(rows)
+            weights = callback.state.weights_of(rows)
             if rows.dim() == 1:
                 for i in range(len(rows)):
                     seen.append((_row_tokens(inputs, i, len(rows)), float(weights[i])))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,8 @@ from transformers import Trainer, TrainerCallback
 from ..config import ICAConfig
 from ..data.holdout import Holdout
 from ..data.store import Rows
-from ..errors import ICAError
-from ..training.injection import GradientInjection
 from ..training.wrap import Hooks
+from .applying import Applying
 from .budget import within_budget
 from .checkpoint import Checkpoints, fingerprint
 from .clock import Clock
@@ -85,7 +84,7 @@ class ICACallback(TrainerCallback):
             trainer, self.schedule, self.refresh, self.state, self.ranks, self._report, self.drawing
         )
         self._given = given is not None
-        self._injection: GradientInjection | None = None
+        self._applying = Applying(trainer, self.state, self.drawing)
 
     @property
     def weights(self) -> torch.Tensor:
@@ -100,15 +99,11 @@ class ICACallback(TrainerCallback):
     # The trainer's events.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._injection is not None:  # the trainer starts over, as after auto_find_batch_size
-            self._injection.remove()
-        self._injection = GradientInjection(self.trainer.model) if self.drawing is None else None
         if self.scoring.follow_model():
             self.state.demonstrations = None
         self.clock.begin()
         self.schedule.begin(state.max_steps)
-        if self.drawing is not None:
-            self.drawing.begin(kwargs.get("train_dataloader"), scores=not self._given)
+        self._applying.begin(kwargs.get("train_dataloader"), scores=not self._given)
         # A checkpoint at an epoch's end goes on with the next one, and so does a run that skips no data.
         resumed = self.checkpoints.resume(mid_epoch=state.epoch % 1 > 0 and not args.ignore_data_skip)
         if self._given:
@@ -126,8 +121,7 @@ class ICACallback(TrainerCallback):
         self._before_update.begin_epoch()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._injection is not None:
-            self._injection.check_gradients()
+        self._applying.before_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.schedule.end_step(state.global_step)
@@ -137,8 +131,7 @@ class ICACallback(TrainerCallback):
         if self.ranks.is_main:
             self.files.merge()
         self._write_run()
-        if self._injection is not None:
-            self._injection.remove()
+        self._applying.end()
         if self.hooks is not None:
             self.hooks.remove()
 
@@ -152,31 +145,13 @@ class ICACallback(TrainerCallback):
             self._write_run()
         return batches
 
-    @property
-    def injection(self) -> GradientInjection:
-        """The hook on the policy.
-
-        Raises:
-            ICAError: training has not begun.
-        """
-        if self._injection is None:
-            raise ICAError("a training step ran outside `trainer.train()`, before any row was scored.")
-        return self._injection
-
     def under(self, loader: Any) -> Any:
         """The host's train loader, under which rows are drawn if they are."""
         return loader if self.drawing is None else self.drawing.under(loader)
 
     def applied(self, rows: torch.Tensor) -> AbstractContextManager[None]:
-        """Around the loss of a batch: its rows' gradients are scaled, or, where rows are drawn, that these were drawn is checked."""
-        if self.drawing is None:
-            return self.injection.scaling(self.training_weights(rows))
-        self.drawing.check(rows)
-        return nullcontext()
-
-    def training_weights(self, rows: torch.Tensor) -> torch.Tensor:
-        """See `RowState.weights_of`."""
-        return self.state.weights_of(rows)
+        """See `Applying`."""
+        return self._applying(rows)
 
     def save_state(self, folder: str) -> None:
         """Write what a resumed run needs into a checkpoint's folder."""
