@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import prepare_data_loader
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from accelerate.state import GradientState
 from torch.utils.data import DataLoader
 
@@ -36,28 +36,57 @@ class Rank:
             self.places = Places.under(self.loader, **settings)
             self.weights = np.array(weights, float)
 
-    def epoch(self, epoch: int, window: int | None = None, rest: bool = False, last: int = 10**9) -> list[list[Any]]:
-        """Micro-batches of an epoch; with `window`, drawn by that many at a time."""
+    def epoch(
+        self, epoch: int, window: int | None = None, rest: bool = False, last: int = 10**9, each: Any = None
+    ) -> list[list[Any]]:
+        """Micro-batches of an epoch; with `window`, drawn by that many at a time, and `each` called after each."""
         if self.places is not None:
             self.places.begin(
                 lambda: self.weights, lambda rows: self.reported.append(Counter(rows.tolist())), by_window=bool(window)
             )
             if window:
-                windows = Windows(self.places, self.asked)
-                windows.begin_epoch(epoch, done=0, last=last)
+                self.windows = Windows(self.places, self.asked)
+                self.windows.begin_epoch(epoch, done=0, last=last)
             else:
                 self.places.begin_epoch(epoch, last=last)
         self.loader.set_epoch(epoch)
         if not window:
             return list(self.loader)
-        batches, found, self.candidates = iter(self.loader), [], []
+        return self._by_window(iter(self.loader), window, rest, each)
+
+    def _by_window(self, batches: Any, window: int, rest: bool, each: Any) -> list[list[Any]]:
+        found, windows, self.candidates = [], self.windows, []
         windows.follow(batches)
         while not windows.at_end:
             if windows.needs_one or rest and len(found) % window == 0:
-                self.candidates.append(windows.candidates(window, len(found), rest=rest))
+                self.candidates.append(windows.candidates(window, windows.position, rest=rest))
                 windows.draw()
             found.append(next(windows.hand_on(torch.device("cpu"), GradientState())))
+            if each:
+                each()
         return found
+
+    def state(self) -> tuple:
+        """What a checkpoint keeps: tensors, epoch, and of windows where the running one stands."""
+        windows = getattr(self, "windows", None)
+        return self.places.state(), self.places.epoch, None if windows is None else (windows.position, windows.until)
+
+    def resumed(self, epoch: int, state: tuple, done: int, window: int | None = None) -> list[list[Any]]:
+        """Micro-batches of an epoch after the first `done`, from `state()` as it was then."""
+        tensors, of_epoch, at = state
+        self.places.begin(lambda: self.weights, lambda rows: None, by_window=bool(window))
+        self.places.resume(tensors, of_epoch)
+        if window:
+            self.windows = Windows(self.places, self.asked)
+            self.windows.position, self.windows.until = at
+            self.windows.begin_epoch(epoch, done=done, last=10**9)
+        else:
+            self.places.begin_epoch(epoch, last=10**9)
+        rest = skip_first_batches(self.loader, done)
+        rest.set_epoch(epoch)
+        if not window:
+            return list(rest)
+        return self._by_window(iter(rest), window, False, None)
 
 
 def rows_of(batches: list) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from axolotl.utils.dict import DictDefault
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, field_serializer, model_validator
 
 from ...config import ICAConfig, parse_config
 from ...errors import ICAError
@@ -36,6 +36,12 @@ class ICAArgs(BaseModel):
                 "`holdout: <path>`, or take the plugin out of the list."
             )
         return data
+
+    @field_serializer("ica")
+    def _as_given(self, ica: ICAConfig) -> dict[str, Any]:
+        # Axolotl keeps its validated config as a plain dict and hands that to the plugin. With every default written out it could not
+        # be told any more which keys a user gave, and `weighting: auto` follows the one that was given.
+        return ica.model_dump(exclude_unset=True)
 
 
 def config_of(cfg: DictDefault) -> ICAConfig:

@@ -98,7 +98,7 @@ def test_resumed_within_an_epoch(mode, ranks, window):
     for rank, again in zip(ranks_of(mode, WEIGHTS["any"], ranks), ranks_of(mode, WEIGHTS["any"], ranks), strict=True):
         rank.epoch(0, window)
         states = []
-        batches = rank.epoch(1, window, each=lambda: states.append(rank.places.state()))
-        states = states or [rank.places.state()] * len(batches)
+        batches = rank.epoch(1, window, each=lambda: states.append(rank.state()))
+        states = states or [rank.state()] * len(batches)
         for done in (1, 4, len(batches) - 1):
             assert again.resumed(1, states[done - 1], done, window) == batches[done:], done

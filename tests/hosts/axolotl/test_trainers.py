@@ -208,7 +208,7 @@ def test_a_runs_scores_serve_as_weights_of_the_same_rows_alone(maker, tmp_path):
     with pytest.raises(ICAError, match="do not stand as in the data file: Axolotl shuffles them"):
         select_rows(scores, tiny.write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "best.jsonl", 0.5)
     again = maker("sft", rows)(ica={"weights": str(kept)})
-    assert np.allclose(callback_of(again)._given, callback_of(first).weights)
+    assert np.allclose(callback_of(again).weights, callback_of(first).weights)
     with pytest.raises(ICAError, match="another number of supervised tokens"):
         maker("sft", rows, seed=8)(ica={"weights": str(kept)})
 

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import yaml
 
 import tiny
 from harness import build, load_config, write_config
+from ica_plugin.hosts.axolotl.args import config_of
 from ica_plugin.hosts.axolotl.plugin import ICAPlugin
 
 
@@ -49,8 +51,22 @@ def test_wrong_interval(config):
 
 def test_plugin_without_block(config):
     path = config()
-    path.write_text(path.read_text().split("ica:")[0] + "".join(path.read_text().split("ica:")[1].split("\n", 2)[2:]))
+    keys = yaml.safe_load(path.read_text())
+    del keys["ica"]
+    path.write_text(yaml.safe_dump(keys))
     assert "there is no `ica:` block" in message_of(path, load_config)
+
+
+@pytest.mark.parametrize("given", [{}, {"temperature": 1.0}, {"keep": 0.3}])
+def test_the_block_is_what_the_user_gave_after_axolotl_s_validation(config, given):
+    path = config()
+    keys = yaml.safe_load(path.read_text())
+    keys["ica"] = {"holdout": keys["ica"]["holdout"], **given}
+    path.write_text(yaml.safe_dump(keys))
+    block = config_of(load_config(path))
+    assert block.model_fields_set == {"holdout", *given}
+    weighting = {"temperature": "softmax", "keep": "top"}.get(next(iter(given), ""), "top")
+    assert block.resolved("sft", draws=True).weighting == weighting
 
 
 def test_missing_holdout_file(config):
