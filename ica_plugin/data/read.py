@@ -58,6 +58,10 @@ def one_row(features: list[dict]) -> dict[str, torch.Tensor]:
     return {key: torch.tensor([value]) for key, value in features[0].items() if value is not None}
 
 
+# TRL 0.24 sets one of its own on every SFT dataset, which leaves out keys without a value and changes nothing else.
+HARMLESS_TRANSFORMS = {"remove_none_values"}
+
+
 def refuse_transform(dataset: Any, what: str) -> None:
     """Raise ICAError for a dataset whose rows a function makes anew whenever they are read (`with_transform`, `set_transform`).
 
@@ -65,7 +69,9 @@ def refuse_transform(dataset: Any, what: str) -> None:
         dataset: `datasets.Dataset`.
         what: the dataset, for the message.
     """
-    if (getattr(dataset, "format", None) or {}).get("type") == "custom":
+    layout = getattr(dataset, "format", None) or {}
+    transform = (layout.get("format_kwargs") or {}).get("transform")
+    if layout.get("type") == "custom" and getattr(transform, "__name__", "") not in HARMLESS_TRANSFORMS:
         raise ICAError(
             f"{what} makes its rows anew whenever they are read (`with_transform` or `set_transform`), so that a row that was scored "
             "need not be the row that is trained, and a row number added to it may be dropped. Apply the function once instead: "
