@@ -6,12 +6,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import tiny
 from checks import callback_of
+from ica_plugin import attach
 from ica_plugin.data.scores import read_scores, score_files
 from ica_plugin.data.weights_file import read_weights
 from ica_plugin.run.files import RunFiles
 from ica_plugin.tools.report import write_report
-from runs import ROWS, run
+from runs import ROWS, build, run, tokenised
 
 
 def refresh(number: int, rows: int = 4, **further) -> dict:
@@ -120,3 +122,16 @@ def test_a_run_that_ended_has_one_file_and_a_report(tmp_path, steps):
     table = pq.read_table(tmp_path / "ica" / "scores.parquet")
     assert len(set(table["refresh"].to_pylist())) == callback_of(trainer).state.counts.refreshes > 2
     assert set(table["row"].to_pylist()) <= set(range(ROWS)) and write_report(tmp_path).is_file()
+
+
+def test_nothing_that_is_written_holds_a_secret_or_a_path_of_this_machine(tmp_path):
+    holdout = tmp_path / "holdout.jsonl"
+    tokenised(6, 9).to_json(holdout)
+    trainer = build(tmp_path / "out", None, save_strategy="steps", save_steps=1, max_steps=2)
+    entry = {"path": "json", "data_files": str(holdout), "token": "hf_s3cr3t"}
+    attach(trainer, {**tiny.NAMED, "retrieval": "random", "k": 2}, holdout=entry)
+    trainer.train()
+    ours = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and "ica" in str(path.relative_to(tmp_path))]
+    assert {path.name for path in ours} >= {"run.json", "scores.parquet", "ica_state.safetensors"}
+    for path in ours:
+        assert b"hf_s3cr3t" not in path.read_bytes() and str(tmp_path).encode() not in path.read_bytes(), path
