@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -38,6 +39,7 @@ def run(*arguments: object, timeout: float = 300, **variables: str) -> subproces
         for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.send_signal(signal.SIGABRT)  # which makes Python's faulthandler print the stacks
+            time.sleep(0.3)  # one after the other
         out, errors = process.communicate(timeout=60)
         raise AssertionError(f"{program} did not end in {timeout} s:\n{out[-4000:]}\n{errors[-12000:]}") from None
     return subprocess.CompletedProcess([program, *rest], process.returncode, out, errors)

@@ -86,12 +86,12 @@ class Windows:
         first, until, begin, sizes, among, step = self._next
         # Resumed without its state, the epoch's places so far are not known, and not needed.
         places.plan = (places.plan or copies(places.host_batches or []))[:begin]
-        found = places.drawn(among, sizes, step)
-        places.plan += found
+        places.plan += places.drawn(among, sizes, step)
         places.planned = True
         self.until = places.micro_batches if begin + len(sizes) == len(places.whole()[0]) else until
-        places.allow(found)
-        self._open(places.of_this_rank()[first : self.until])
+        mine = places.of_this_rank()[first : self.until]
+        places.allow(mine)  # with what accelerate repeats of the epoch's beginning, so that every rank has as many batches
+        self._open(mine)
         places.report_trained(first, min(until, places.limit))
 
     @property

@@ -283,9 +283,10 @@ def test_a_batch_that_was_not_drawn_stops(tmp_path):
 def test_wrong_blocks_say_what_to_do(tmp_path):
     with pytest.raises(ICAError, match="`epoch_share` below 1 goes with `apply: sample`"):
         build(tmp_path, {**given(tmp_path), "apply": "gradient", "epoch_share": 0.5})
-    trainer = build(tmp_path, given(tmp_path), accelerator_config={"dispatch_batches": True})
-    with pytest.raises(ICAError, match="cannot draw rows under this trainer's data loader"):
-        trainer.train()
+    with pytest.raises(ICAError, match="`dispatch_batches: true`.* or set `apply: gradient`"):
+        build(tmp_path, given(tmp_path), accelerator_config={"dispatch_batches": True})
+    trainer = build(tmp_path, {**given(tmp_path), "apply": "auto"}, accelerator_config={"dispatch_batches": True})
+    assert callback_of(trainer).drawing is None
 
 
 RANKS = {

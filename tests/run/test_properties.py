@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
+import tiny
 from ica_plugin import attach
 from ica_plugin.data.row_ids import ROW_IDS
 from ica_plugin.training.injection import GradientInjection
@@ -68,7 +69,7 @@ def test_every_forward_uses_the_newest_weights(rows, block, run, packed):
         trainer = build(folder, None, train=Dataset.from_list(rows), **run)
         if packed:  # rows of a batch one after the other in one line
             trainer.data_collator = DataCollatorWithFlattening(return_position_ids=True)
-        attach(trainer, block, holdout=tokenised(5, 9))
+        attach(trainer, tiny.NAMED | block, holdout=tokenised(5, 9))
         with spy(trainer) as used:
             trainer.train()
         assert used

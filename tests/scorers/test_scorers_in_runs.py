@@ -46,7 +46,7 @@ def test_the_band_and_others_through_a_trainer(tmp_path):
     alone = pq.read_table(tmp_path / "random" / "ica" / "scores.parquet")
     assert alone["demos"].to_pylist() == [[]] * 22 and alone["weight"].to_numpy().std() > 0
     run(tmp_path / "ica", {})
-    assert pq.read_table(tmp_path / "ica" / "ica" / "scores.parquet").column_names[-1] == "demos"
+    assert pq.read_table(tmp_path / "ica" / "ica" / "scores.parquet").column_names[-1] == "draws"
 
 
 def test_a_resumed_run_keeps_the_scorers_columns(tmp_path):

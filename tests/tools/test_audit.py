@@ -31,7 +31,7 @@ def make_callback(folder, block, holdout=None):
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
     )
-    return attach(trainer, block, holdout=holdout)
+    return attach(trainer, tiny.NAMED | block, holdout=holdout)
 
 
 @pytest.fixture(scope="module")
