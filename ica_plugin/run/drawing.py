@@ -159,7 +159,12 @@ class Drawing:
         self.ever |= torch.from_numpy(counts > 0)
         self._report.drawn(counts)
         if self._ranks.is_main:
-            self._files.set_draws(self._state.draws.numpy())
+            draws, refresh = self._state.draws.numpy(), self._state.refresh.numpy()
+            self._files.set_draws(draws)
+            # What accelerate repeats of an epoch's beginning was scored in an earlier window.
+            earlier = np.flatnonzero((counts > 0) & (refresh != self._state.counts.refreshes - 1))
+            for number in np.unique(refresh[earlier]).tolist():
+                self._files.set_draws_of(number, earlier[refresh[earlier] == number], draws)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps, by name."""

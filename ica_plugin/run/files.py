@@ -85,6 +85,25 @@ class RunFiles:
             self._part[-1] = newest.set_column(newest.column_names.index("draws"), "draws", column)
             self._write_part()
 
+    def set_draws_of(self, refresh: int, rows: np.ndarray, draws: np.ndarray) -> None:
+        """The same of some rows that were last scored in an earlier refresh, `refresh`.
+
+        Args:
+            refresh: number of the refresh.
+            rows: int [n].
+            draws: int [train rows].
+        """
+        part = self.folder / PARTS / f"{refresh:06d}.parquet"
+        path = part if part.is_file() else self.folder / SCORES
+        if not path.is_file():
+            return
+        table = pq.read_table(path)
+        row, column = table["row"].to_numpy(), table["draws"].to_numpy().copy()
+        here = (table["refresh"].to_numpy() == refresh) & np.isin(row, rows)
+        column[here] = draws[row[here]]
+        table = table.set_column(table.column_names.index("draws"), "draws", pa.array(column, pa.int64()))
+        self._write(str(path.relative_to(self.folder)), partial(pq.write_table, table))
+
     def _write_part(self) -> None:
         first = self._part[0]["refresh"][0].as_py()
         name = SCORES if first == 0 or not (self.folder / SCORES).exists() else f"{PARTS}/{first:06d}.parquet"
