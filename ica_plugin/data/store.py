@@ -271,11 +271,6 @@ class RowsBuilder:
         )
 
 
-def scored_tokens(rows: Iterable[Example]) -> np.ndarray:
-    """int64 [rows]: supervised tokens of each row, 0 where it cannot be scored."""
-    return Rows.of(rows).supervised
-
-
 def digests(examples: Iterable[Example]) -> set[str]:
     """Digests of every sequence of the examples."""
     return {sequence.digest for example in examples for sequence in example.sequences}

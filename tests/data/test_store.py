@@ -8,7 +8,7 @@ import pytest
 
 from ica_plugin.data import store
 from ica_plugin.data.holdout import check_holdout
-from ica_plugin.data.store import Example, Rows, Sequence, scored_tokens
+from ica_plugin.data.store import Example, Rows, Sequence
 from ica_plugin.errors import ICAError
 
 
@@ -52,7 +52,7 @@ def test_rows_are_the_examples_and_know_their_facts(kind):
         assert view.desirable.tolist() == [row.desirable for row in expected]
         assert view.lengths.tolist() == [[len(s.tokens) for s in row.sequences] for row in expected]
         assert view.digest == Rows.of(expected or rows[:0]).digest
-        assert scored_tokens(view).tolist() == view.supervised.tolist()
+        assert Rows.of(list(view)).supervised.tolist() == view.supervised.tolist()
     with pytest.raises(IndexError):
         rows[len(plain)]
     assert rows[np.int64(2)].sequences[0].digest == plain[2].sequences[0].digest
