@@ -58,23 +58,36 @@ class GradientInjection:
 
     The hook sits on the decoder's last hidden state while the output embedding is frozen (LoRA, QLoRA): exact, cheap,
     and on the way of fused losses too. Where the output embedding is trained, it sits on the logits, since the
-    embedding's own gradient must be scaled as well; a fused loss never computes them, which `scaling` notices.
+    embedding's own gradient must be scaled as well; a fused loss never computes them, which `scaling` notices. Which of
+    the two is looked at anew for every micro-batch.
     """
 
     def __init__(self, model: nn.Module):
         """Args: model: the policy, without distributed wrappers."""
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._model = model
+        self.on_logits = False
+        self._weights: torch.Tensor | None = None
+        self._micro_batch = self._passes = 0
+        self._without_gradient: set[int] = set()  # micro-batches that passed forward and not yet back
+        self._hooked: nn.Module | None = None
+        self._handle: Any = None
+        self._follow_model()
+
+    def _follow_model(self) -> None:
+        """Hook what the gradient passes now: what is trained may change during a run (a callback that unfreezes the head)."""
+        base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         head = output_embedding(base)
         if head is None:
             raise ICAError(
                 f"{type(base).__name__} has no output embedding, so its rows cannot be weighted: ica_plugin needs a causal language model."
             )
         decoder = decoder_of(base)
-        self.on_logits = decoder is base or trains_output_embedding(model)
-        self._weights: torch.Tensor | None = None
-        self._micro_batch = self._passes = 0
-        self._without_gradient: set[int] = set()  # micro-batches that passed forward and not yet back
-        self._handle = (head if self.on_logits else decoder).register_forward_hook(self._hook)
+        self.on_logits = decoder is base or trains_output_embedding(self._model)
+        module = head if self.on_logits else decoder
+        if module is not self._hooked:
+            if self._hooked is not None:
+                self._handle.remove()
+            self._hooked, self._handle = module, module.register_forward_hook(self._hook)
 
     def remove(self) -> None:
         """Take the hook off the model."""
@@ -91,6 +104,7 @@ class GradientInjection:
         Raises:
             ICAError: no forward with gradient passed the hook: the run would train unweighted.
         """
+        self._follow_model()
         self._weights, self._passes = weights, 0
         self._micro_batch += 1
         try:

@@ -46,6 +46,30 @@ def test_a_loss_from_other_activations_is_refused_before_the_step(prepare):
     injection.check_gradients()  # said once
 
 
+def test_what_is_trained_may_change_between_micro_batches():
+    """A callback unfreezes the output embedding, adds a LoRA to it, or freezes it again: each step is weighted exactly."""
+    model = tiny.make_model()
+    head = model.get_output_embeddings()
+    head.requires_grad_(False)
+    injection = GradientInjection(model)
+    for trained in (False, True, True, False):
+        head.requires_grad_(trained)
+        with injection.scaling(WEIGHTS):
+            loss = losses(model).mean()
+        found = gradient(model, loss)
+        injection.check_gradients()
+        assert injection.on_logits == trained
+        expected = gradient(model, (losses(model).mean(1) * WEIGHTS).mean())
+        assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)
+    head.requires_grad_(True)
+    model.set_output_embeddings(torch.nn.Linear(32, 512, bias=False))  # another module, as a wrapper of PEFT's is
+    with injection.scaling(WEIGHTS):
+        loss = losses(model).mean()
+    found = gradient(model, loss)
+    expected = gradient(model, (losses(model).mean(1) * WEIGHTS).mean())
+    assert torch.linalg.norm(found - expected) < 1e-5 * torch.linalg.norm(expected)
+
+
 def test_a_wrapper_that_names_a_whole_language_model_as_its_decoder():
     """Llama 4's: its `get_decoder()` has an output embedding of its own."""
     from transformers import Llama4Config, Llama4ForConditionalGeneration
