@@ -55,6 +55,7 @@ class Refresh:
             until: optimizer step until which the weights serve, for `budget`.
         """
         begin = time.monotonic()
+        self.scoring.use_training_weights()
         if self.budgeted is not None:
             self.budgeted.allowance.open(self.scoring.trainer.state.global_step, until)
         columns = self._score(self._ranks.share(rows) if shared else rows)

@@ -64,6 +64,13 @@ class Scoring:
         self._engine, self._kept = None, {}
         return True
 
+    def use_training_weights(self) -> None:
+        """A schedule-free optimizer leaves its averaged weights in the model after an evaluation, until the next step. What is
+        scored are the weights that are trained, whenever a refresh comes."""
+        switch = getattr(self.trainer.optimizer, "train", None)
+        if callable(switch):
+            switch()
+
     def find_demonstrations(
         self,
         rows: list[int],

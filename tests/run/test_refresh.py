@@ -149,3 +149,21 @@ if __name__ == "__main__":
     recorded = run(folder, {"refresh_interval": 2})
     rank = recorded.accelerator.process_index
     (folder / f"rank{rank}.json").write_text(json.dumps([(step, rows) for step, rows, *_ in recorded.trained]))
+
+
+def test_an_evaluation_does_not_change_what_a_schedule_free_optimizer_s_run_scores(tmp_path):
+    """Its averaged weights are in the model after an evaluation; the weights that are trained are scored all the same."""
+    settings = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "learning_rate": 0.05}
+    block = {"refresh_interval": 4, "refresh_scope": "all"}
+    evaluated = {"eval_strategy": "steps", "eval_steps": 4}
+    plain, other = (run(tmp_path / name, block, **settings, **more) for name, more in (("plain", {}), ("eval", evaluated)))
+    found = [pq.read_table(tmp_path / name / "ica" / "scores.parquet") for name in ("plain", "eval")]
+    assert found[0]["step"].to_pylist() == found[1]["step"].to_pylist() and max(found[0]["step"].to_pylist()) >= 8
+    np.testing.assert_allclose(found[0]["score"].to_numpy(), found[1]["score"].to_numpy(), atol=2e-2)
+    # The averaged weights score otherwise by far, so the comparison can fail.
+    callback = callback_of(other)
+    callback.scoring.use_training_weights()
+    trained = callback.scoring.score(list(range(ROWS)), callback.state.shown(list(range(ROWS))))["ica"]
+    other.optimizer.eval()
+    averaged = callback.scoring.score(list(range(ROWS)), callback.state.shown(list(range(ROWS))))["ica"]
+    assert np.abs(trained - averaged).max() > 0.2
