@@ -192,7 +192,7 @@ def plot_draws(kinds: Sequence[KindDraws], path: Path) -> None:
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of the kind's rows")
-    axes.set_title("Rows trained never (light), once, more often (dark), by kind; plain training: every row once")
+    axes.set_title("Rows trained never (light), once, more often (dark);\nwithout the block: every row once")
     handles = [Patch(color=colour, label=group) for group, colour in COLOURS.items()]
     figure.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -15,6 +15,10 @@ from ica_plugin.expression import parse_score
         ("ica", ((1.0, "ica"),)),
         ("ica + likelihood", ((1.0, "ica"), (1.0, "likelihood"))),
         ("0.5*ica+2e-1 * ica-irm", ((0.5, "ica"), (0.2, "ica-irm"))),
+        ("ica - 0.5*likelihood", ((1.0, "ica"), (-0.5, "likelihood"))),
+        ("ica-0.5*likelihood", ((1.0, "ica"), (-0.5, "likelihood"))),
+        ("-ica", ((-1.0, "ica"),)),
+        ("- 2*ica -likelihood + ica-irm", ((-2.0, "ica"), (-1.0, "likelihood"), (1.0, "ica-irm"))),
     ],
 )
 def test_expressions(text, terms):
@@ -26,11 +30,14 @@ def test_expressions(text, terms):
     [
         ("likelyhood", "did you mean `likelihood`"),
         ("ica + ", "is not a scorer"),
-        ("ica - likelihood", "is not a scorer"),
+        ("ica likelihood", "is not a scorer"),
+        ("ica -", "is not a scorer"),
+        ("ica-likelihood", "to subtract, write `ica - likelihood`"),
+        ("likelihood - ica-irm", "give it no minus"),
         ("ica + ica", "twice"),
-        ("0*ica", "above 0"),
-        ("1.2.3*ica", "above 0"),
-        ("-1*ica", "is not a scorer"),
+        ("0*ica", "and not 0"),
+        ("1.2.3*ica", "must be a number"),
+        ("--ica", "is not a scorer"),
         ("", "is not a scorer"),
     ],
 )

@@ -11,7 +11,7 @@ from ..expression import BAND_SCORERS, Balance, Combine, Terms
 def combined(terms: Terms, parts: dict[str, np.ndarray], *, combine: Combine, band: tuple[float, float]) -> np.ndarray:
     """The score of the rows scored together from the scores of each scorer.
 
-    A single scorer's score is its own, without its factor. A sum adds `factor · rank / n` or `factor · z-score`, taken
+    A single scorer's score is its own, without its factor but with its sign. A sum adds `factor · rank / n` or `factor · z-score`, taken
     over the rows for which every scorer has a finite score; the other rows are NaN.
 
     Args:
@@ -27,7 +27,7 @@ def combined(terms: Terms, parts: dict[str, np.ndarray], *, combine: Combine, ba
         in_band([parts[part] for part in BAND_SCORERS[name]], band) if name in BAND_SCORERS else parts[name] for _, name in terms
     ]
     if len(columns) == 1:
-        return columns[0]
+        return columns[0] if terms[0][0] > 0 else -columns[0]
     result = np.full(len(columns[0]), np.nan)
     finite = np.isfinite(columns).all(axis=0)
     if finite.any():

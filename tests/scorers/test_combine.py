@@ -39,6 +39,13 @@ def test_a_sum_without_all_its_parts_is_nan():
     np.testing.assert_array_equal(found, [1.5, np.nan, 1.5])
 
 
+def test_the_other_side_of_a_scorer():
+    parts = {"ica": np.array([1, np.nan, 3.0, 2.0]), "rds": np.array([2.0, 1, 1, 5])}
+    np.testing.assert_array_equal(combined(parse_score("-2*ica"), parts, combine="rank", band=(0, 1)), [-1, np.nan, -3, -2])
+    found = combined(parse_score("ica - 0.5*rds"), parts, combine="rank", band=(0, 1))
+    np.testing.assert_allclose(found, np.array([1 - 0.5 * 2, np.nan, 3 - 0.5 * 1, 2 - 0.5 * 3]) / 3)
+
+
 def test_band_scorers_keep_the_intersection():
     rng = np.random.default_rng(0)
     ica, irm = rng.normal(size=(2, 40))
