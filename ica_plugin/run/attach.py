@@ -24,7 +24,7 @@ from ..scorers import require
 from ..training.refusals import refuse_what_cannot_be_weighted
 from ..training.wrap import Hooks
 from .callback import ICACallback
-from .checkpoint import facts_of
+from .fingerprint import facts_of
 
 
 def attach_examples(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from ..data.store import Rows
 from ..training.wrap import Hooks
 from .applying import Applying
 from .budget import within_budget
-from .checkpoint import Checkpoints, fingerprint
+from .checkpoint import Checkpoints
 from .clock import Clock
 from .drawing import Drawing
 from .files import RunFiles
+from .fingerprint import fingerprint
+from .parts import Parts
 from .ranks import Ranks
 from .record import run_record
 from .refresh import Refresh
@@ -84,6 +87,7 @@ class ICACallback(TrainerCallback):
             trainer, self.schedule, self.refresh, self.state, self.ranks, self._report, self.drawing
         )
         self._given = given is not None
+        self._parts = self.refresh.parts = self.parts_in(self.files.folder / "unfinished")
         self._applying = Applying(trainer, self.state, self.drawing)
 
     @property
@@ -95,6 +99,10 @@ class ICACallback(TrainerCallback):
     def files(self) -> RunFiles:
         """Where scores are written."""
         return self.refresh.files
+
+    def parts_in(self, folder: Path) -> Parts:
+        """What keeps the finished blocks of the scoring before the first step."""
+        return Parts(folder, self.ranks, self.scoring.facts, self.config.on_resume_mismatch)
 
     # The trainer's events.
 
@@ -130,6 +138,7 @@ class ICACallback(TrainerCallback):
         self.clock.end()
         if self.ranks.is_main:
             self.files.merge()
+        self._parts.remove()
         self._write_run()
         self._applying.end()
         if self.hooks is not None:

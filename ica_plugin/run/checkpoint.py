@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,25 +13,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from ..config import ICAConfig
-from ..data.holdout import Holdout
-from ..data.public import public_block
-from ..data.store import Rows
 from ..errors import ICAError
 from ..log import get_logger
 from .clock import Clock
 from .drawing import Drawing
+from .fingerprint import differences
 from .ranks import Ranks
 from .schedule import Schedule
 from .state import RowState
 
 STATE_FILE = "ica_state.safetensors"
-
-
-# Keys of the block that may change between a run and its continuation: they touch no weight, or stand for rows that are compared.
-NOT_COMPARED = {"on_resume_mismatch", "holdout", "weights"}
 
 
 @dataclass(frozen=True)
@@ -167,48 +159,3 @@ class Checkpoints:
             self._drawing.restore(tensors, record)
         get_logger().info("resumed at step %d with the weights of %d refresh(es).", record["step"], self._state.counts.refreshes)
         return True
-
-
-def fingerprint(config: ICAConfig, train: Rows, holdout: Holdout, given: Any, model: nn.Module) -> dict[str, Any]:
-    """What must be the same for a state to be the run's own, by the name a user knows it by.
-
-    Args:
-        config: the block.
-        train: train rows, in order.
-        holdout: rows and named sets.
-        given: given weights, or None.
-        model: the policy; the names and shapes of its parameters count, and the name of its folder.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = Path(str(getattr(base.config, "_name_or_path", ""))).name
-    shapes = (f"{key}{tuple(parameter.shape)}" for key, parameter in base.named_parameters())
-    return {**facts_of(config, train, holdout, given), "model": f"{type(base).__name__} {name} {digest(shapes)}"}
-
-
-def facts_of(config: ICAConfig, train: Rows, holdout: Holdout, given: Any) -> dict[str, Any]:
-    """The part of `fingerprint` that is known before the model is: the rows and the block."""
-    return {
-        "train rows": train.digest,
-        "holdout": holdout.digest if given is None else None,
-        "weights": digest([given.tobytes().hex()]) if given is not None else None,
-        "block": {key: value for key, value in public_block(config).items() if key not in NOT_COMPARED},
-    }
-
-
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints, each with how a user would name it."""
-    found = [f"the {name}" for name in ("train rows", "holdout", "weights", "model") if then.get(name) != now[name]]
-    before, after = then.get("block", {}), now["block"]
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            found.append(f"ica.{key} (then {before.get(key)!r}, now {after.get(key)!r})")
-    return found
-
-
-def digest(parts: Iterable[str]) -> str:
-    """One hash of many texts in their order."""
-    found = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        found.update(part.encode())
-        found.update(b"\n")
-    return found.hexdigest()

@@ -160,11 +160,8 @@ class RunFiles:
     def _write(self, name: str, write: Callable[[Path], Any]) -> bool:
         """Whether `write` wrote the file, whole."""
         path = self.folder / name
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(partial)
-            os.replace(partial, path)
+            write_whole(path, write)
         except OSError as error:
             get_logger().warning(
                 "%s could not be written (%s). Training goes on with the right weights; free the disk or fix the folder's "
@@ -197,11 +194,27 @@ class ScoreFile(RunFiles):
             table = table.replace_schema_metadata({SOURCE_ROWS: str(self.source_rows)})
         elif self.moved_rows:
             table = table.replace_schema_metadata({MOVED_ROWS: self.moved_rows})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, self.path)
+        write_whole(self.path, lambda path: pq.write_table(table, path))
 
     def write_run(self, record: dict[str, Any]) -> None:
         pass
+
+
+def write_whole(path: Path, write: Callable[[Path], Any], mark: str = "") -> None:
+    """Have `write` write a file, which appears under its name once it is whole.
+
+    Args:
+        path: its name; the folder is made.
+        write: takes the path to write to.
+        mark: tells apart processes that write the same file.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    partial = path.with_name(f".{path.name}.{mark}partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(partial)
+    os.replace(partial, path)
 
 
 def _copy(files: list[Path], path: Path, schema: pa.Schema) -> None:

@@ -15,6 +15,7 @@ from ..weighting.weights import Weights, weights_from_scores
 from .budget import Budgeted
 from .clock import Clock
 from .files import RunFiles
+from .parts import Parts
 from .ranks import Ranks
 from .report import Refreshed, Report
 from .scoring import Scoring
@@ -37,12 +38,14 @@ class Refresh:
     Attributes:
         budgeted: scoring within a budget, where the block asks for it; there from the start of training on.
         neighbour_correlation: how well scored rows speak for the others, with a budget.
+        parts: keep the finished blocks of the scoring of all rows before the first step, where there are any.
     """
 
     def __init__(self, scoring: Scoring, state: RowState, ranks: Ranks, clock: Clock, files: RunFiles, report: Report):
         self.scoring, self.state, self.files = scoring, state, files
         self.budgeted: Budgeted | None = None
         self.neighbour_correlation: float | None = None
+        self.parts: Parts | None = None
         self.tokens = scoring.train.supervised
         self._ranks, self._clock, self._report = ranks, clock, report
 
@@ -58,7 +61,11 @@ class Refresh:
         self.scoring.use_training_weights()
         if self.budgeted is not None:
             self.budgeted.allowance.open(self.scoring.trainer.state.global_step, until)
-        columns = self._score(self._ranks.share(rows) if shared else rows)
+        first = shared and self.scoring.trainer.state.global_step == 0 and self.state.counts.refreshes == 0
+        parts = self.parts if first and self.budgeted is None else None
+        if parts is not None:
+            parts.begin()
+        columns = self._score(self._ranks.share(rows) if shared else rows, parts)
         weights = self._weigh(columns) if len(columns["row"]) else None
         if weights is not None:
             self.state.give(columns["row"], weights.values, columns["scored"], columns["score"])
@@ -73,11 +80,11 @@ class Refresh:
             self._tell(columns, weights, seconds)
             self.state.counts.refreshes += 1
 
-    def _score(self, mine: list[int]) -> Columns:
+    def _score(self, mine: list[int], kept: Parts | None) -> Columns:
         """The columns of all ranks' rows, each row once and in order."""
         if self.budgeted is None:
-            self._find_demonstrations()
-        parts = self._ranks.all(lambda: self._score_all(mine) if self.budgeted is None else self._score_within_budget(mine))
+            self._find_demonstrations(kept)
+        parts = self._ranks.all(lambda: self._score_all(mine, kept) if self.budgeted is None else self._score_within_budget(mine))
         if self.budgeted is not None:
             for part in parts:
                 shown: Any = part.pop("demos")
@@ -91,19 +98,27 @@ class Refresh:
         columns.setdefault("scored", np.ones(len(index), bool))
         return columns
 
-    def _find_demonstrations(self) -> None:
+    def _find_demonstrations(self, kept: Parts | None) -> None:
         """For all rows, once in a run: each rank looks for its share."""
         if self.state.demonstrations is not None:
             return
         rows, config = list(range(len(self.state))), self.scoring.config
-        shares = self._ranks.all(lambda: self.scoring.find_demonstrations(self._ranks.share(rows)))
+        shares = self._ranks.all(lambda: self._demonstrations_of(self._ranks.share(rows), kept))
         found = self._ranks.joined(shares, len(rows))
         self.state.show(rows, found)
         if config.shows_demonstrations:
             report_fewer(found, config.k, len(self.scoring.holdout.shown))
 
-    def _score_all(self, rows: list[int]) -> Columns:
-        return self.scoring.score(rows, self.state.shown(rows))
+    def _demonstrations_of(self, rows: list[int], kept: Parts | None) -> list[list[int]]:
+        found = {} if kept is None else kept.demonstrations(rows)
+        for block, shown in self.scoring.demonstration_blocks([row for row in rows if row not in found]):
+            if kept is not None and any(shown):
+                kept.add("demonstrations", {"row": block, "demos": shown})
+            found.update(zip(block, shown, strict=True))
+        return [found[row] for row in rows]
+
+    def _score_all(self, rows: list[int], kept: Parts | None = None) -> Columns:
+        return self.scoring.score(rows, self.state.shown(rows), kept)
 
     def _score_within_budget(self, rows: list[int]) -> dict[str, Any]:
         budgeted, scoring = self.budgeted, self.scoring

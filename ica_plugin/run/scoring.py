@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,40 @@ from transformers import Trainer
 from ..config import ICAConfig
 from ..data.holdout import Holdout
 from ..data.store import Rows
+from ..expression import parse_score, parts_of
+from ..log import get_logger
 from ..policy.engine import Engine
+from ..policy.gradients import trained_parameters
 from ..policy.memory import budget_for
 from ..policy.model import model_context
 from ..policy.reference import reference_of
-from ..scorers import scores_for_sets
+from ..scorers import needs_of, scores_for_sets
 from ..scorers.context import ScoringContext
-from ..weighting.retrieval import Embed, retrieve
+from ..weighting.retrieval import Embed, retrieve_blocks
+from .fingerprint import digest, fingerprint
+from .parts import Parts
+
+# Tokens of a block, which is scored and kept as one: minutes on a CPU, and hundreds of rows that share demonstrations.
+TOKENS_PER_BLOCK = 1 << 18
+
+# So many rows tell one policy from another by their log-probs.
+PROBED_ROWS = 4
+
+# Keys of the block that act on scores that are there already: they may change, and nothing is scored again.
+AFTER_SCORING = {
+    "apply",
+    "balance",
+    "candidates",
+    "combine",
+    "epoch_share",
+    "keep",
+    "max_weight",
+    "refresh_interval",
+    "refresh_scope",
+    "temperature",
+    "weighting",
+    "winsorize",
+}
 
 
 class Scoring:
@@ -42,6 +69,21 @@ class Scoring:
     def by_token(self) -> bool:
         """Whether weights have mean 1 over supervised tokens, as a token-mean loss needs it, or over rows, as drawing does."""
         return self.train.kind == "sft" and self.config.apply == "gradient"
+
+    def facts(self) -> dict[str, Any]:
+        """What scores before the first step depend on: `fingerprint`, and by a few log-probs the policy as it is.
+
+        Log-probs and not weights, since a fresh LoRA is drawn anew at every start and changes nothing. Scorers with gradients do
+        see it, so for them the trained weights count themselves.
+        """
+        train, model = self.train, self.trainer.model
+        facts = fingerprint(self.config, train, self.holdout, None, model)
+        facts["block"] = {key: value for key, value in facts["block"].items() if key not in AFTER_SCORING}
+        if any(need.gradients for need in needs_of(parts_of(parse_score(self.config.score))).values()):
+            facts["model"] += " " + digest(p.detach().float().cpu().numpy().tobytes().hex() for p in trained_parameters(model))
+        probed = np.flatnonzero(train.can_be_scored)[:PROBED_ROWS]
+        sequences = [sequence for row in probed for sequence in train[int(row)].sequences]
+        return {**facts, "logprobs": self.engine.logprobs(sequences).tolist()}
 
     @property
     def engine(self) -> Engine:
@@ -78,7 +120,17 @@ class Scoring:
         holdout: Holdout | None = None,
         embed: Embed | None = None,
     ) -> list[list[int]]:
-        """Indices of the holdout rows that each train row is shown, k of each set.
+        """`demonstration_blocks`, all at once."""
+        return [of_row for _, shown in self.demonstration_blocks(rows, config, holdout, embed) for of_row in shown]
+
+    def demonstration_blocks(
+        self,
+        rows: list[int],
+        config: ICAConfig | None = None,
+        holdout: Holdout | None = None,
+        embed: Embed | None = None,
+    ) -> Iterator[tuple[list[int], list[list[int]]]]:
+        """Some of `rows` at a time, in order, with the indices of the holdout rows that each of them is shown, k of each set.
 
         Args:
             rows: indices of train rows.
@@ -88,10 +140,11 @@ class Scoring:
         """
         config, holdout = config or self.config, holdout or self.holdout
         if not config.shows_demonstrations:
-            return [[] for _ in rows]
+            yield rows, [[] for _ in rows]
+            return
         tokenizer = self.trainer.processing_class
         of_sets = [
-            retrieve(
+            retrieve_blocks(
                 self.train,
                 holdout.only(name),
                 config,
@@ -102,11 +155,32 @@ class Scoring:
             )
             for name in holdout.sets
         ]
-        return [sum(of_row, []) for of_row in zip(*of_sets, strict=True)]
+        for blocks in zip(*of_sets, strict=True):
+            yield blocks[0][0], [sum(of_row, []) for of_row in zip(*(shown for _, shown in blocks), strict=True)]
 
-    def score(self, rows: list[int], demonstrations: list[list[int]]) -> dict[str, np.ndarray]:
-        """The columns of `scorers.scores_for_sets` for `rows`, with a bar on the local main process, and `row`."""
-        sequences = 2 * self.train.lengths.shape[1] * int(self.train.can_be_scored[rows].sum())
+    def score(self, rows: list[int], demonstrations: list[list[int]], parts: Parts | None = None) -> dict[str, np.ndarray]:
+        """The columns of `scorers.scores_for_sets` for `rows`, with a bar on the local main process, and `row`.
+
+        Args:
+            rows: indices of train rows.
+            demonstrations: of each.
+            parts: where finished blocks are kept; what is there already is not scored again.
+        """
+        columns: dict[str, np.ndarray] = {}
+        done = np.zeros(len(rows), bool)
+        once: dict[str, Any] = {}
+
+        def take(at: np.ndarray, block: dict[str, np.ndarray]) -> None:
+            for name, values in block.items():
+                columns.setdefault(name, np.empty(len(rows), values.dtype))[at] = values
+            done[at] = True
+
+        before = {} if parts is None else parts.scores(rows)
+        if before:
+            place = {row: i for i, row in enumerate(rows)}
+            take(np.array([place[row] for row in before["row"].tolist()]), before)
+            get_logger().info("%d of %d rows were scored before this scoring was stopped; it goes on.", done.sum(), len(rows))
+        sequences = 2 * self.train.lengths.shape[1] * int(self.train.can_be_scored[np.array(rows, int)[~done]].sum())
         with tqdm(
             total=sequences if self.config.score == "ica" else None,
             desc="ICA scoring",
@@ -114,11 +188,36 @@ class Scoring:
             leave=False,
             disable=self.trainer.args.disable_tqdm or not self.trainer.is_local_process_zero(),
         ) as bar:
-            scores = scores_for_sets(self.context(rows, demonstrations, bar.update))
-        return {"row": np.array(rows, dtype=np.int64), **scores}
+            for block in self._blocks(rows, demonstrations):
+                at = block[~done[block]]
+                if len(at) == 0 and columns:
+                    continue
+                some = [rows[i] for i in at]
+                context = self.context(some, [demonstrations[i] for i in at], bar.update, once)
+                found = {"row": np.array(some, np.int64), **scores_for_sets(context)}
+                if parts is not None and some:
+                    parts.add("scores", found)
+                take(at, found)
+        return columns
+
+    def _blocks(self, rows: list[int], demonstrations: list[list[int]]) -> list[np.ndarray]:
+        """Places in `rows` of blocks of about TOKENS_PER_BLOCK; at least one, which may be empty.
+
+        Rows with the same first demonstrations next to each other: they share that part of the forward.
+        """
+        lengths, sides = self.train.lengths[rows].sum(axis=1), self.train.lengths.shape[1]
+        shown = np.array([row.demonstration.tokens.size for row in self.holdout.examples])
+        tokens = [2 * n + sides * int(shown[demos].sum()) for n, demos in zip(lengths.tolist(), demonstrations, strict=True)]
+        order = np.array(sorted(range(len(rows)), key=demonstrations.__getitem__), int)
+        block_of = np.cumsum(np.array(tokens, int)[order]) // TOKENS_PER_BLOCK
+        return [np.sort(at) for at in np.split(order, np.flatnonzero(np.diff(block_of)) + 1)]
 
     def context(
-        self, rows: list[int], demonstrations: list[list[int]], progress: Callable[[int], Any] = lambda done: None
+        self,
+        rows: list[int],
+        demonstrations: list[list[int]],
+        progress: Callable[[int], Any] = lambda done: None,
+        once: dict[str, Any] | None = None,
     ) -> ScoringContext:
         """What scorers see, for `rows` of the train set and the demonstrations of each."""
         return ScoringContext(
@@ -134,5 +233,6 @@ class Scoring:
             limit=model_context(self.trainer.model),
             optimizer=self.trainer.optimizer,
             kept=self._kept,
+            once={} if once is None else once,
             progress=progress,
         )

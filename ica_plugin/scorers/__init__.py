@@ -116,6 +116,7 @@ def scores_for_sets(context: ScoringContext) -> dict[str, np.ndarray]:
             context,
             holdout=context.holdout.only(name),
             kept=context.kept.setdefault(name, {}),
+            once=context.once.setdefault(name, {}),
             demonstrations=[[d for d in demonstrations if d in mine] for demonstrations in context.demonstrations],
         )
         vars(alone).update(shared)  # log-probs of the rows without demonstrations are the same for every set

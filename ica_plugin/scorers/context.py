@@ -40,6 +40,7 @@ class ScoringContext:
         optimizer: of the run, once there is one.
         parts: names of the scorers computed together.
         kept: what a scorer keeps from one refresh to the next.
+        once: what a scorer keeps from one block of rows to the next of the same refresh.
         progress: called with the number of sequences done.
     """
 
@@ -56,6 +57,7 @@ class ScoringContext:
     optimizer: Any = None
     parts: list[str] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
+    once: dict[str, Any] = field(default_factory=dict)
     progress: Progress = lambda done: None
 
     @cached_property

@@ -33,18 +33,22 @@ def score(context: ScoringContext) -> np.ndarray:
     Returns:
         float64 [n].
     """
-    target = mean_gradient(context.row_gradients(context.shown), len(context.shown))
-    sample = _hessian_rows(context, sum(t.numel() for t in target))
-    gradients = [g for g in context.row_gradients([context.train[row] for row in sample]) if g is not None]
-    directions = [
-        _inverse_hessian(torch.stack([g[i].flatten() for g in gradients]), target[i].flatten()) for i in range(len(target))
-    ]
-    del gradients
+    if "directions" not in context.once:
+        context.once["directions"] = _directions(context)
+    directions = context.once["directions"]
     result = np.full(len(context.rows), np.nan)
     for i, gradient in enumerate(context.row_gradients(context.examples)):
         if gradient is not None:
             result[i] = context.sign[i] * sum(float(d @ g.flatten().double()) for d, g in zip(directions, gradient, strict=True))
     return result
+
+
+def _directions(context: ScoringContext) -> list[torch.Tensor]:
+    """The inverse Hessian times the holdout's gradient, float64, of each matrix, flat."""
+    target = mean_gradient(context.row_gradients(context.shown), len(context.shown))
+    sample = _hessian_rows(context, sum(t.numel() for t in target))
+    gradients = [g for g in context.row_gradients([context.train[row] for row in sample]) if g is not None]
+    return [_inverse_hessian(torch.stack([g[i].flatten() for g in gradients]), target[i].flatten()) for i in range(len(target))]
 
 
 def _hessian_rows(context: ScoringContext, parameters: int) -> list[int]:

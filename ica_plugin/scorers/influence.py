@@ -33,7 +33,9 @@ def score(context: ScoringContext) -> np.ndarray:
     Raises:
         ICAError: an optimizer without Adam's moments.
     """
-    target = mean_gradient(context.row_gradients(context.shown), len(context.shown))
+    if "holdout_gradient" not in context.once:
+        context.once["holdout_gradient"] = mean_gradient(context.row_gradients(context.shown), len(context.shown))
+    target = context.once["holdout_gradient"]
     direction = _adam(context) if context.config.influence.adam else lambda gradient: gradient
     result = np.full(len(context.rows), np.nan)
     for i, gradient in enumerate(context.row_gradients(context.examples)):

@@ -25,7 +25,8 @@ def score(context: ScoringContext) -> np.ndarray:
         float64 [n], nats.
     """
     margins = context.beta * difference(context.sums - context.reference_sums)
-    if len(margins) and not np.nan_to_num(margins).any():
+    if len(margins) and not np.nan_to_num(margins).any() and not context.once.setdefault("told", False):
+        context.once["told"] = True
         get_logger().warning(
             "irm: the policy is still its own reference (the adapter has not been trained yet), so every implicit reward margin is 0 "
             "and tells no pair from another. Set `refresh_interval`."

@@ -28,8 +28,10 @@ def score(context: ScoringContext) -> np.ndarray:
     """
     holdout, limit = context.holdout.examples, np.inf if context.limit is None else context.limit
     needed = sorted({d for demonstrations in context.demonstrations for d in demonstrations})
-    shown = [holdout[d] for d in needed]
-    alone = dict(zip(needed, token_means(context.logprob_sums(shown), shown)))
+    alone = context.once.setdefault("alone", {})
+    new = [d for d in needed if d not in alone]
+    shown = [holdout[d] for d in new]
+    alone.update(zip(new, token_means(context.logprob_sums(shown), shown), strict=True))
     result = np.full(len(context.rows), np.nan)
     scored = [i for i, row in enumerate(context.examples) if row.can_be_scored]
     for start in range(0, len(scored), ROWS_PER_BLOCK):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..data.store import Example
 from .context import ScoringContext
 from .needs import Needs
 
@@ -23,12 +24,18 @@ def score(context: ScoringContext) -> np.ndarray:
         float64 [n] in [−1, 1]. Negative for undesirable rows; NaN where the holdout is that row alone.
     """
     shown = context.holdout.shown
-    tokens = [row.demonstration.tokens for row in context.examples] + [row.demonstration.tokens for row in context.shown]
-    vectors = context.engine.embeddings(tokens).astype(np.float64)
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    n = len(context.examples)
-    similarity = vectors[:n] @ vectors[n:].T
+    if "holdout_vectors" not in context.once:
+        context.once["holdout_vectors"] = _unit_vectors(context, context.shown)
+    similarity = _unit_vectors(context, context.examples) @ context.once["holdout_vectors"].T
     for i, row in enumerate(context.rows):
         similarity[i, [j for j, h in enumerate(shown) if h in context.holdout.hidden_from[row]]] = -np.inf
     best = similarity.max(axis=1)
     return context.sign * np.where(np.isfinite(best), best, np.nan)
+
+
+def _unit_vectors(context: ScoringContext, rows: list[Example]) -> np.ndarray:
+    """float64 [rows, H]."""
+    if not rows:
+        return np.zeros((0, context.once["holdout_vectors"].shape[1]))
+    vectors = context.engine.embeddings([row.demonstration.tokens for row in rows]).astype(np.float64)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -11,6 +11,8 @@ from ..run.files import ScoreFile
 def write_scores(host: ModuleType, config: Path, out: Path, score: str | None) -> int:
     """Score every train row with the model as the config loads it; every process of a launcher calls it.
 
+    Finished blocks lie beside `out` until all are there, so that the same command goes on where it was killed.
+
     Args:
         host: the host's module, with `attached`.
         config: the host's config.
@@ -28,6 +30,8 @@ def write_scores(host: ModuleType, config: Path, out: Path, score: str | None) -
     trainer = callback.trainer
     trainer.callback_handler.callbacks = []  # no tracker starts a run for this
     callback.refresh.files = ScoreFile(out, *(source or ()), moved_rows=callback.files.moved_rows)
+    parts = callback.refresh.parts = callback.parts_in(out.with_name(f"{out.name}.unfinished"))
     callback.refresh(list(range(len(callback.train))), shared=True)
     trainer.accelerator.wait_for_everyone()
+    parts.remove()
     return len(callback.train) if trainer.accelerator.is_main_process else 0

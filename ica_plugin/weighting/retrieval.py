@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,12 @@ Decode = Callable[[np.ndarray], str]
 ROWS_PER_BLOCK = 4096
 
 
-def retrieve(
+def retrieve(train: Sequence[Example], holdout: Holdout, config: ICAConfig, **settings: Any) -> list[list[int]]:
+    """`retrieve_blocks`, all at once: for each of `rows`, indices into `holdout.examples`."""
+    return [of_row for _, chosen in retrieve_blocks(train, holdout, config, **settings) for of_row in chosen]
+
+
+def retrieve_blocks(
     train: Sequence[Example],
     holdout: Holdout,
     config: ICAConfig,
@@ -32,7 +37,7 @@ def retrieve(
     context: int | None,
     embed: Embed,
     decode: Decode,
-) -> list[list[int]]:
+) -> Iterator[tuple[list[int], list[list[int]]]]:
     """Choose up to k demonstrations for each of `rows`.
 
     The choice for a row depends on that row, the holdout and the seed alone, never on its position or on other
@@ -52,8 +57,8 @@ def retrieve(
         embed: prompts (token arrays) → float [n, H], the policy's pooled hidden states.
         decode: tokens → text.
 
-    Returns:
-        for each of `rows`, indices into `holdout.examples`; empty where none fits.
+    Yields:
+        some of `rows`, in order, and for each of them indices into `holdout.examples`; empty where none fits.
     """
     shown = holdout.shown
     similarity = _similarity(config, embed, decode)
@@ -62,12 +67,12 @@ def retrieve(
     order = _canonical_order(among, config.k)
     prototypes = _prototypes(among, config.retrieval_groups) if config.retrieval_groups else None
     length = [len(holdout.examples[i].demonstration.tokens) for i in shown]
-    chosen: list[list[int]] = []
     for start in range(0, len(rows), ROWS_PER_BLOCK):
         block = rows[start : start + ROWS_PER_BLOCK]
         scores = similarity([train[row].demonstration.prompt for row in block], shown_prompts)
         if prototypes is not None:
             scores = among[prototypes[scores[:, prototypes].argmax(axis=1)]]
+        chosen: list[list[int]] = []
         for row, ranked in zip(block, np.argsort(-scores, axis=1, kind="stable"), strict=True):
             room = np.inf if context is None else context - train[row].longest
             picked: list[int] = []
@@ -81,7 +86,7 @@ def retrieve(
                 room -= length[candidate]
                 picked.append(int(candidate))
             chosen.append([shown[i] for i in sorted(picked, key=order.__getitem__)])
-    return chosen
+        yield block, chosen
 
 
 def report_fewer(chosen: list[list[int]], k: int, available: int) -> None:
