@@ -35,6 +35,10 @@ SEGMENT_TOKENS = 256
 DENSE_SLOWDOWN = 3
 
 
+# A window under this is shorter than rows are.
+SHORTEST_WINDOW = 32
+
+
 _BRANCHES: list[tuple[slice, torch.Tensor, torch.Tensor]] | None = None
 
 
@@ -64,12 +68,24 @@ class PackedPath:
         self.attention = attention
         self._configs = _attention_configs(model)
         self._width = base.config.get_text_config().hidden_size
+        self._window = sliding_window(base.config.get_text_config())
 
     def split(self, sequences: list[np.ndarray], predictions: np.ndarray, budget: Budget) -> list[list[int]]:
-        """Divide sequences into trees: see `split_into_trees`."""
-        return split_into_trees(
-            sequences, predictions, cost=self._cost, max_tokens=budget.tokens, max_predictions=budget.predictions
+        """Divide sequences into trees: see `split_into_trees`.
+
+        A sliding window that a tree's longest path fits is full attention there. A longer sequence is a tree of its own, which
+        the model's own attention takes as an ordinary row.
+        """
+        short = [i for i, tokens in enumerate(sequences) if self._window is None or len(tokens) <= self._window]
+        trees = split_into_trees(
+            [sequences[i] for i in short],
+            predictions[short],
+            cost=self._cost,
+            max_tokens=budget.tokens,
+            max_predictions=budget.predictions,
         )
+        alone = sorted(set(range(len(sequences))) - set(short))
+        return [*([short[i] for i in tree] for tree in trees), *([i] for i in alone)]
 
     def _cost(self, tokens: np.ndarray) -> np.ndarray:
         # A decoder layer multiplies 12 H² weights per token and attention 2 H per pair of tokens.
@@ -142,15 +158,28 @@ def _indices(array: np.ndarray) -> torch.Tensor:
     return torch.tensor(array, dtype=torch.int64)
 
 
+def sliding_window(config: Any) -> int | None:
+    """Tokens back to which attention reaches, the token itself included, in at least some layers; None if all reach everywhere.
+
+    Args:
+        config: the text model's.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    unused = getattr(config, "use_sliding_window", True) is False or (kinds and "sliding_attention" not in kinds)
+    return None if window is None or unused else int(window)
+
+
 def why_not_packed(base: nn.Module) -> str | None:
     """What in a model's config or code rules the packed path out; None if nothing does.
 
     This names the known reasons; that siblings really do not see each other is then tried on the model itself.
     """
     config = base.config.get_text_config()
-    kinds = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True) is not False:
-        return "its attention has a sliding window"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    window = sliding_window(config)
+    if window is not None and window < SHORTEST_WINDOW:
+        return f"its attention has a sliding window of {window} tokens only"
     if kinds or getattr(config, "attention_chunk_size", None):
         return f"it has layers other than full attention ({', '.join(sorted(kinds)) or 'chunked attention'})"
     if not getattr(base, "_supports_sdpa", False):
@@ -190,7 +219,10 @@ def _tree_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention over the current tree, one segment at a time: query [1, heads, T, D], key and value [1, kv heads, T, D]."""
-    changes = [name for name in ("sliding_window", "softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    window = kwargs.pop("sliding_window", None)
+    if window is not None and any(len(path) > window for _, path, _ in _BRANCHES or ()):
+        raise NotImplementedError("tree attention over a path longer than the sliding window")
+    changes = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if changes or attention_mask is not None or _BRANCHES is None:
         raise NotImplementedError(f"tree attention with {changes or 'a mask'}")
     groups = query.shape[1] // key.shape[1]

@@ -88,6 +88,32 @@ def test_other_models_take_the_padded_path_and_are_right(family, settings, reaso
     assert reason in caplog.text
 
 
+@pytest.mark.parametrize("attention", ["segments", "dense"])
+@pytest.mark.parametrize("family, settings", [("Mistral", {}), ("Gemma3Text", dict(head_dim=16)), ("Phi3", {})])
+def test_sliding_windows_are_packed_where_rows_fit_them(family, settings, attention):
+    model = make(family, sliding_window=48, **settings)
+    rng = np.random.default_rng(0)
+    # Two rows that share a beginning, at each length around the window, in trees of far more tokens than it.
+    sequences = []
+    for length in (12, 30, 47, 48, 49, 60, 90):
+        stem = rng.integers(3, 500, length - 6)
+        for _ in range(2):
+            tokens = np.concatenate([stem, rng.integers(3, 500, 6)])
+            sequences.append(Sequence(tokens, np.arange(length) >= length - 8))
+    if attention == "segments":
+        assert isinstance(Engine(model, device=CPU).path, PackedPath)
+    packed_engine, padded = engine_with(model, attention), engine_with(model, "padded")
+    values = packed_engine.logprobs(sequences)
+    np.testing.assert_allclose(values, padded.logprobs(sequences), atol=1e-3)
+    np.testing.assert_allclose(values, one_at_a_time(model, sequences), atol=1e-3)
+    trees = packed_engine.path.split([s.tokens for s in sequences], np.full(14, 8), Budget(4096, 4096))
+    assert all(len(tree) == 1 for tree in trees if max(tree) >= 8), "longer rows stand alone"
+    assert min(len(tree) for tree in trees if max(tree) < 8) >= 2, "rows that fit share trees"
+    # The longer rows would come out otherwise without the window.
+    wide = one_at_a_time(make(family, sliding_window=4096, **settings), sequences)
+    assert np.abs(wide[10:] - values[10:]).max() > 0.05
+
+
 def test_sliding_window_is_felt():
     """The case above would prove nothing if the window were longer than the rows."""
     sequences = rows(4)
@@ -191,11 +217,15 @@ def test_the_run_keeps_its_own_attention(implementation, path):
     assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {implementation}
 
 
-def test_attention_with_changes_is_refused():
+def test_attention_with_changes_is_refused(monkeypatch):
     query = torch.zeros(1, 2, 3, 4)
-    for name in ("softcap", "sliding_window", "s_aux", "position_bias"):
+    for name in ("softcap", "s_aux", "position_bias"):
         with pytest.raises(NotImplementedError, match=name):
             packed._tree_attention(None, query, query, query, None, **{name: 1.0})
+    monkeypatch.setattr(packed, "_BRANCHES", [(slice(0, 3), torch.arange(3), torch.ones(3, 3, dtype=torch.bool).tril())])
+    packed._tree_attention(None, query, query, query, None, sliding_window=3)
+    with pytest.raises(NotImplementedError, match="longer than the sliding window"):
+        packed._tree_attention(None, query, query, query, None, sliding_window=2)
 
 
 def test_prompt_tuning_is_refused():
