@@ -87,16 +87,31 @@ def balanced(scores: list[np.ndarray], balance: Balance, combine: Combine) -> np
 def _picked_in_turn(grid: np.ndarray) -> np.ndarray:
     """(n − place) / n, where place counts the picks of sets that take turns. `grid`: [sets, n], −inf where a set has no score."""
     n = grid.shape[1]
-    queues = [iter(np.argsort(-line, kind="stable").tolist()) for line in grid]
     result = np.zeros(n)
-    picked: set[int] = set()
-    while len(picked) < n:
-        for queue in queues:
+    result[in_turn([np.argsort(-line, kind="stable").tolist() for line in grid])] = np.arange(n, 0, -1) / n
+    return result
+
+
+def in_turn(queues: list[list[int]]) -> list[int]:
+    """The order in which rows are picked where queues take turns, and each picks the first of its rows that is left.
+
+    Args:
+        queues: rows, best first; a row may stand in several.
+
+    Returns:
+        every row of the queues, once.
+    """
+    waiting = [iter(queue) for queue in queues]
+    picked: dict[int, None] = {}
+    while waiting:
+        still = []
+        for queue in waiting:
             row = next((row for row in queue if row not in picked), None)
             if row is not None:
-                result[row] = (n - len(picked)) / n
-                picked.add(row)
-    return result
+                picked[row] = None
+                still.append(queue)
+        waiting = still
+    return list(picked)
 
 
 def in_band(columns: list[np.ndarray], band: tuple[float, float]) -> np.ndarray:

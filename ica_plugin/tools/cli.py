@@ -56,14 +56,30 @@ def select(
     scores: Annotated[Path, typer.Argument(help="A scores file of `ica-plugin score`, or a run's ica/scores.parquet.")],
     data: Annotated[Path, typer.Option(help="The data file that was scored: jsonl, json, csv or parquet.")],
     out: Annotated[Path, typer.Option(help="Where the selected rows go, in the same format.")],
-    keep: Annotated[float, typer.Option(min=0, max=1, help="Share of the scored rows to keep, best first.")] = 0.5,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the scored rows to keep, best first; 0.5 where nothing else says.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="The same as a number of rows.")] = None,
+    band: Annotated[
+        tuple[float, float] | None, typer.Option(help="Only rows between two quantiles of the scores, as in 0.25 0.75.")
+    ] = None,
+    round_robin: Annotated[
+        bool, typer.Option("--round-robin", help="The holdout rows take turns, each picks the best row it was shown to.")
+    ] = False,
+    per_source: Annotated[
+        str | None, typer.Option(help="FIELD=N: at most N rows of each value of the data's field, as in source=200.")
+    ] = None,
+    max_cosine: Annotated[
+        float | None, typer.Option(help="Leave out rows that are nearer than this to a better one's text, as in 0.9.")
+    ] = None,
 ) -> None:
     """Write the best rows of a data file, in their order and unchanged."""
-    from .select import select_rows
+    from .select import Choice, select_rows
 
+    choice = Choice(keep, rows, band, round_robin, per_source, max_cosine)
     with _errors(scores):
-        kept, total = select_rows(scores, data, out, keep)
-    Console().print(f"{kept} of {total} rows: {out}")
+        written, total = select_rows(scores, data, out, choice)
+    Console().print(f"{written} of {total} rows: {out}")
 
 
 @app.command()

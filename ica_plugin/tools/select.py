@@ -2,57 +2,165 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ..config import check_quantiles
 from ..data.scores import read_scores
 from ..errors import ICAError
 from ..run.files import MOVED_ROWS, SOURCE_ROWS
+from ..scorers.combine import in_turn
+from .data_file import DataFile, open_data, texts_of
+from .near_copies import NearCopies
 
 
-def select_rows(scores: Path, data: Path, out: Path, keep: float) -> tuple[int, int]:
-    """Write the best `keep` share of the scored rows, in the file's order, their content untouched.
+@dataclass(frozen=True)
+class Choice:
+    """Which of the scored rows are selected.
+
+    Attributes:
+        keep: share of the scored rows, above 0; best first. Without `keep`, `rows` and `band`: 0.5.
+        rows: the same as a number.
+        band: only rows between these quantiles of the scores, such as 0.25 and 0.75; alone it keeps all of them.
+        round_robin: the holdout rows take turns, and each picks, among the rows it was shown to, the best that is left: no kind of
+            good example goes without (BIDS, arXiv 2501.12147, does so by influence). Rows that were shown none come last.
+        per_source: `FIELD=N`: at most N rows of each value of the data's field.
+        max_cosine: a row that is nearer to a better selected one than this is left out: see `near_copies`.
+    """
+
+    keep: float | None = None
+    rows: int | None = None
+    band: tuple[float, float] | None = None
+    round_robin: bool = False
+    per_source: str | None = None
+    max_cosine: float | None = None
+
+    def count(self, scored: int) -> int:
+        """How many rows are to be selected; raises ICAError for a number that cannot be."""
+        if self.keep is not None and self.rows is not None:
+            raise ICAError("--keep and --rows: give one of them.")
+        if self.rows is not None:
+            if not 0 < self.rows <= scored:
+                raise ICAError(f"--rows {self.rows}: {scored} rows have a score; give a number from 1 to that.")
+            return self.rows
+        if self.keep is None and self.band is not None:
+            return scored
+        keep = 0.5 if self.keep is None else self.keep
+        if not 0 < keep <= 1:
+            raise ICAError(f"--keep {keep}: give a share above 0 and up to 1.")
+        return max(1, round(keep * scored))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The last score of each row that has a finite one.
+
+    Attributes:
+        place: int [n], in the data file.
+        score: float64 [n].
+        demonstrations: per row, the holdout rows it was shown.
+    """
+
+    place: np.ndarray
+    score: np.ndarray
+    demonstrations: list[list[int]]
+
+
+def select_rows(scores: Path, data: Path, out: Path, choice: Choice) -> tuple[int, int]:
+    """Write the chosen rows, in the file's order, their content untouched.
 
     Args:
         scores: a file of `ica-plugin score`, or a run's scores.parquet, whose last score of each row counts.
         data: the file that was scored: jsonl (lines are copied as they are), json (a list), csv or parquet.
         out: where to, in the format of `data`.
-        keep: share, above 0.
+        choice: which.
 
     Returns:
-        (rows written, rows of `data`).
+        (rows written, rows of `data`). Fewer than asked for are written where quotas and near copies leave no more.
 
     Raises:
         ICAError: a file that cannot be read, one that was not scored (another number of rows), or scores of rows that the host
             shuffled.
     """
-    if not 0 < keep <= 1:
-        raise ICAError(f"--keep {keep}: give a share above 0 and up to 1.")
-    place, score, expected = _last_scores(scores)
-    total, write = _open(data)
-    if total != expected:
+    scored, expected = _last_scores(scores)
+    count = choice.count(len(scored.place))
+    file = open_data(data)
+    if file.count != expected:
         raise ICAError(
-            f"the scores are of {expected} rows, but {data} has {total}: it is not the file that was scored, or the host dropped rows "
-            "(too long, or without a supervised token). Take those out of the data and score again."
+            f"the scores are of {expected} rows, but {data} has {file.count}: it is not the file that was scored, or the host dropped "
+            "rows (too long, or without a supervised token). Take those out of the data and score again."
         )
     if out.suffix.lower() != data.suffix.lower():
         raise ICAError(f"--out {out}: the rows are written as they are in {data.name}; give a file that ends in {data.suffix}.")
-    order = np.argsort(-score, kind="stable")[: max(1, round(keep * len(score)))]
-    chosen = np.sort(place[order])
+    chosen = sorted(_chosen(_ranked(scored, choice), file, choice, count))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write(out, chosen)
-    return len(chosen), total
+    file.write(out, chosen)
+    return len(chosen), file.count
 
 
-def _last_scores(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
-    """Place in the data file and score of each row that has a finite score, and the number of rows of the data file."""
+def _ranked(scored: Scored, choice: Choice) -> list[int]:
+    """Places in the data file in the order in which they are to be taken."""
+    order = np.argsort(-scored.score, kind="stable")
+    if choice.band is not None:
+        try:
+            low, high = np.quantile(scored.score, check_quantiles(choice.band))
+        except ValueError as error:
+            raise ICAError(f"--band {choice.band[0]} {choice.band[1]}: give {error}.") from None
+        order = order[(scored.score[order] >= low) & (scored.score[order] <= high)]
+    if choice.round_robin:
+        if not any(scored.demonstrations):
+            raise ICAError("--round-robin: no row of these scores was shown a holdout row; score with `ica` or `one_shot`.")
+        queues: dict[int, list[int]] = {}
+        for i in order.tolist():
+            for holdout_row in scored.demonstrations[i]:
+                queues.setdefault(holdout_row, []).append(i)
+        turns = in_turn([queues[row] for row in sorted(queues)])
+        taken = set(turns)
+        return scored.place[[*turns, *(i for i in order.tolist() if i not in taken)]].tolist()
+    return scored.place[order].tolist()
+
+
+def _chosen(ranked: list[int], file: DataFile, choice: Choice, count: int) -> list[int]:
+    """The first `count` of the ranked rows that quotas and nearness allow."""
+    field, quota = _quota(choice.per_source)
+    copies = None if choice.max_cosine is None else NearCopies(choice.max_cosine)
+    chosen: list[int] = []
+    of_source: Counter[str] = Counter()
+    for place in ranked:
+        if len(chosen) == count:
+            break
+        row: Any = file.row(place) if field or copies else None
+        if field:
+            if not isinstance(row, dict) or field not in row:
+                raise ICAError(f"--per-source {choice.per_source}: row {place} of the data has no field `{field}`.")
+            if of_source[str(row[field])] == quota:
+                continue
+        if copies is not None and not copies.add(" ".join(texts_of(row))):
+            continue
+        if field:
+            of_source[str(row[field])] += 1
+        chosen.append(place)
+    return chosen
+
+
+def _quota(text: str | None) -> tuple[str, int]:
+    if text is None:
+        return "", 0
+    field, _, number = text.rpartition("=")
+    if not field or not number.isdigit() or int(number) == 0:
+        raise ICAError(
+            f"--per-source {text}: give a field of the data and the most rows of each of its values, as in `source=200`."
+        )
+    return field, int(number)
+
+
+def _last_scores(path: Path) -> tuple[Scored, int]:
+    """The rows that have a finite score and a place in the data file, and the number of rows of the data file."""
     try:
         table = read_scores(path)
     except (OSError, pa.ArrowInvalid) as error:
@@ -77,35 +185,5 @@ def _last_scores(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
     known = last[np.isfinite(score[last]) & (place[last] >= 0)]
     if len(known) == 0:
         raise ICAError("no row has a score.")
-    return place[known], score[known], expected
-
-
-def _open(data: Path) -> tuple[int, Callable[[Path, np.ndarray], Any]]:
-    """Number of rows of a data file, and a function that writes some of them to a file of its kind."""
-    kind = data.suffix.lower()
-    try:
-        if kind == ".jsonl":
-            lines = [line for line in data.read_bytes().splitlines(keepends=True) if line.strip()]
-            lines = [line if line.endswith(b"\n") else line + b"\n" for line in lines]
-            return len(lines), lambda out, rows: out.write_bytes(b"".join(lines[i] for i in rows))
-        if kind == ".json":
-            items = json.loads(data.read_text(encoding="utf-8"))
-            if isinstance(items, list):
-                return len(items), lambda out, rows: out.write_text(
-                    json.dumps([items[i] for i in rows], ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-                )
-        if kind == ".csv":
-            with data.open(newline="", encoding="utf-8") as file:
-                head, *cells = csv.reader(file)
-            return len(cells), lambda out, rows: _write_csv(out, [head, *(cells[i] for i in rows)])
-        if kind == ".parquet":
-            table = pq.read_table(data)
-            return table.num_rows, lambda out, rows: pq.write_table(table.take(rows), out)
-    except (OSError, ValueError) as error:
-        raise ICAError(f"--data {data}: cannot be read: {error}") from None
-    raise ICAError(f"--data {data}: give a jsonl, json (a list of rows), csv or parquet file.")
-
-
-def _write_csv(out: Path, rows: list[list[str]]) -> None:
-    with out.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+    shown = table["demos"].take(known).to_pylist() if "demos" in table.column_names else [[]] * len(known)
+    return Scored(place[known], score[known], [list(demonstrations or []) for demonstrations in shown]), expected

@@ -14,7 +14,7 @@ from checks import (
     check_weights_stay_with_rows,
 )
 from ica_plugin.errors import ICAError
-from ica_plugin.tools.select import select_rows
+from ica_plugin.tools.select import Choice, select_rows
 from ica_plugin.weighting.weights import weights_from_scores
 
 ROWS = {
@@ -206,7 +206,7 @@ def test_a_runs_scores_serve_as_weights_of_the_same_rows_alone(maker, tmp_path):
     kept = tmp_path / "kept.parquet"
     kept.write_bytes(scores.read_bytes())
     with pytest.raises(ICAError, match="do not stand as in the data file: Axolotl shuffles them"):
-        select_rows(scores, tiny.write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "best.jsonl", 0.5)
+        select_rows(scores, tiny.write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "best.jsonl", Choice())
     again = maker("sft", rows)(ica={"weights": str(kept)})
     assert np.allclose(callback_of(again).weights, callback_of(first).weights)
     with pytest.raises(ICAError, match="another number of supervised tokens"):
