@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import ICAError
+from ..config import ICAConfig
+from ..errors import V1, ICAError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools around the `ica:` block of a training config.")
 
@@ -115,6 +118,12 @@ def audit(
     Console().print(f"{page} and {page.with_suffix('.json')}")
 
 
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the `ica:` block."""
+    typer.echo(json.dumps(ICAConfig.model_json_schema(), indent=2))
+
+
 @contextmanager
 def _errors(file: Path) -> Iterator[None]:
     try:
@@ -146,7 +155,15 @@ def _host(config: Path) -> ModuleType:
 
         return axolotl
     if "model_name_or_path" in keys:
+        if os.environ.get("USE_V1", "0").lower() in ("true", "y", "1"):
+            raise ICAError(V1)
         from ..hosts.llamafactory import tools as llamafactory
 
         return llamafactory
+    if "model" in keys and "train_dataset" in keys:
+        raise ICAError(V1)
     raise ICAError("neither an Axolotl config (`base_model`) nor a LLaMA-Factory config (`model_name_or_path`).")
+
+
+# `axolotl ica …`: Axolotl takes click commands from the entry-point group `axolotl.cli_commands`.
+axolotl_command = typer.main.get_command(app)

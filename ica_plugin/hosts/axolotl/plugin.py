@@ -19,6 +19,10 @@ class ICAPlugin(BasePlugin):
     def get_input_args(self) -> str:
         return "ica_plugin.hosts.axolotl.args.ICAArgs"
 
+    def register(self, cfg: DictDefault) -> None:
+        # The config as the user gave it: what it tells is refused before data or model are loaded.
+        refuse_unsupported(cfg)
+
     def post_trainer_create(self, cfg: DictDefault, trainer: Any) -> None:
         warn_if_untested("axolotl")
         refuse_unsupported(cfg)

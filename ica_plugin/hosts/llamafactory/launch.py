@@ -7,12 +7,14 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import Trainer
 
 from ...config import ICAConfig, parse_config
-from ...errors import ICAError
+from ...errors import V1, ICAError
 from ...run.callback import ICACallback
 from ...versions import warn_if_untested
 from .attach import attach, refuse_unsupported
@@ -30,8 +32,11 @@ def main() -> None:
 
 def _run_command() -> Any:
     from llamafactory import cli
+    from llamafactory.extras.misc import is_env_enabled
     from llamafactory.hparams import read_args
 
+    if is_env_enabled("USE_V1"):
+        refuse_v1(sys.argv[1:])
     # LLaMA-Factory's launcher gives the processes that torchrun starts no command, only its arguments.
     worker = "LOCAL_RANK" in os.environ
     given = sys.argv[1:]
@@ -84,6 +89,16 @@ def run_exp(args: dict[str, Any], callbacks: list[Any] | None = None) -> None:
             "LLaMA-Factory trained without handing its trainer to transformers' `train()`, so no row was weighted. Please report "
             "the config and the version of LLaMA-Factory."
         )
+
+
+def refuse_v1(arguments: list[str]) -> None:
+    """Raise ICAError where a config among the arguments of any v1 command has an `ica:` block."""
+    for argument in arguments:
+        path = Path(argument)
+        if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
+            keys = yaml.safe_load(path.read_text())
+            if isinstance(keys, dict) and "ica" in keys:
+                raise ICAError(V1)
 
 
 @contextlib.contextmanager

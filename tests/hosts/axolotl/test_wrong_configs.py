@@ -121,6 +121,11 @@ def test_unsupported_training(config):
     assert "fsdp_config is not supported yet" in message_of_refusal({"fsdp_config": {"reshard_after_forward": True}})
 
 
+def test_what_the_config_tells_is_refused_before_it_is_validated(config):
+    # `load_cfg` registers plugins first; neither data nor model is there yet.
+    assert "reward models" in message_of(config(reward_model=True), load_config)
+
+
 def message_of_refusal(settings) -> str:
     from axolotl.utils.dict import DictDefault
 
