@@ -12,7 +12,7 @@ from ...errors import ICAError
 from ...run.attach import attach_examples
 from ...run.callback import ICACallback
 from ...training.refusals import SHARDED
-from .holdout import STAGES, LlamaFactoryHoldout
+from .holdout import STAGES, LlamaFactoryHoldout, dataset_info
 
 PREFERENCE_LOSSES = ("sigmoid", "ipo", "hinge", "orpo", "simpo")
 
@@ -68,7 +68,13 @@ def _renumbering(args: Mapping[str, Any]) -> str:
         "val_size": float(args.get("val_size") or 0) > 0,
         "mix_strategy": args.get("mix_strategy", "concat") != "concat",
     }
-    return next((f"{key}: {args[key]}" for key, moved in moves.items() if moved), "")
+    found = [f"{key}: {args[key]}" for key, moved in moves.items() if moved]
+    names, known = args.get("dataset") or [], dataset_info(args.get("dataset_dir", "data"))
+    for name in [each.strip() for each in names.split(",")] if isinstance(names, str) else names:
+        number = known.get(name, {}).get("num_samples")
+        if number is not None:  # the loader takes so many in random order, also where that is all
+            found.append(f"num_samples: {number}` of `{name}` in `dataset_info.json")
+    return next(iter(found), "")
 
 
 def attach(trainer: Trainer, config: ICAConfig) -> ICACallback:

@@ -64,7 +64,7 @@ class LlamaFactoryHoldout(HoldoutLoader):
 
     def find(self, holdout: str | Mapping[str, Any]) -> Source:
         """A name in dataset_info.json, a path in the format of the run's first dataset, or an entry as in dataset_info.json."""
-        known, dataset_dir = _dataset_info(self.data_args.dataset_dir), self.data_args.dataset_dir
+        known, dataset_dir = dataset_info(self.data_args.dataset_dir), self.data_args.dataset_dir
         if isinstance(holdout, str) and holdout in known:
             return Source(holdout, None)
         first = known.get(self.data_args.dataset[0], {}) if self.data_args.dataset else {}
@@ -123,7 +123,8 @@ class LlamaFactoryHoldout(HoldoutLoader):
         )
 
 
-def _dataset_info(dataset_dir: str | dict[str, Any]) -> dict[str, Any]:
+def dataset_info(dataset_dir: str | dict[str, Any]) -> dict[str, Any]:
+    """What dataset_info.json says, by name; empty where there is none."""
     if isinstance(dataset_dir, dict):
         return dataset_dir
     path = Path(dataset_dir) / "dataset_info.json"

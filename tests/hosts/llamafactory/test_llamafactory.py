@@ -1,5 +1,7 @@
 """LLaMA-Factory's own trainer classes, in this process."""
 
+import json
+
 import pytest
 
 import tiny
@@ -16,7 +18,7 @@ from checks import (
 )
 from ica_plugin.config import parse_config
 from ica_plugin.errors import ICAError
-from ica_plugin.hosts.llamafactory.attach import attach
+from ica_plugin.hosts.llamafactory.attach import attach, refuse_unsupported
 from ica_plugin.hosts.llamafactory.holdout import LOCATION_KEYS
 from ica_plugin.hosts.llamafactory.launch import run_exp
 from leaks import check_no_leak, entry_with_every_key
@@ -226,3 +228,19 @@ def test_no_key_of_an_entry_leaks():
 
     keys = [field.name for field in fields(DatasetAttr)] + sorted(LOCATION_KEYS) + ["columns", "tags"]
     assert {"file_name", "hf_hub_url", "subset"} <= check_no_leak(entry_with_every_key(keys)).keys()
+
+
+@pytest.mark.parametrize("names", ["train", "other, train", ["train"]])
+def test_rows_that_num_samples_puts_elsewhere_are_not_named_by_their_place(tmp_path, names):
+    """LLaMA-Factory permutes them even where it takes all."""
+
+    args = {"do_train": True, "dataset": names, "dataset_dir": str(tmp_path)}
+    for entry in ({"file_name": "train.jsonl"}, {"file_name": "train.jsonl", "num_samples": 16}):
+        (tmp_path / "dataset_info.json").write_text(json.dumps({"train": entry}))
+        refuse_unsupported(args, parse_config({"holdout": "good"}))
+        given = parse_config({"weights": "w.parquet"})
+        if "num_samples" not in entry:
+            refuse_unsupported(args, given)
+            continue
+        with pytest.raises(ICAError, match="`num_samples: 16` of `train` in `dataset_info.json` puts rows elsewhere"):
+            refuse_unsupported(args, given)
