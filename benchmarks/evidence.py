@@ -309,6 +309,7 @@ class Experiment:
         places = round(manner.share * len(self.rows.train))
         trainer = self.trainer(alone, places=places, learning_rate=self.settings["learning_rate"] / divisor)
         callback, trained = None, {}
+        draws = np.ones(len(self.rows.train), int)
         if manner.drawn:
             draws = draw_rows(weights.values, places, seed=self.seed, epoch=0)
             if manner.cut is None:
