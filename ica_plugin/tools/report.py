@@ -53,16 +53,19 @@ def report_numbers(table: dict[str, list], run: dict[str, Any]) -> dict[str, Any
         run: run.json.
 
     Returns:
-        `run` (rows, seconds and overhead: scoring over training), `refreshes` (one dict each: scores, weights' quantiles,
+        `run` (rows, seconds and overhead: scoring over training), `trained` (with `apply: sample`: number of rows by how often they
+        were trained in the whole run, else empty), `refreshes` (one dict each: scores, weights' quantiles,
         effective sample size (Σw)² / Σw² / n), `highest` and `lowest` rows by their last weight, and `gained` and `lost`:
         rows by the change of their weight between their first and last scoring, empty where every row was scored once.
     """
-    columns = {name: np.array(table[name], dtype=float) for name in ("row", "refresh", "step", "score", "weight", "tokens")}
+    names = ("row", "refresh", "step", "score", "weight", "tokens", "draws")
+    columns = {name: np.array(table[name], dtype=float) for name in names}
     rows = _rows(columns)
     by_weight = sorted(rows, key=lambda r: -r["weight"])
     moved = sorted((r for r in rows if r["change"] != 0), key=lambda r: -r["change"])
     return {
         "run": _run(run),
+        "trained": _trained(rows, run),
         "refreshes": [_refresh(columns, refresh) for refresh in np.unique(columns["refresh"])],
         "highest": by_weight[:SHOWN_ROWS],
         "lowest": by_weight[::-1][:SHOWN_ROWS],
@@ -90,6 +93,14 @@ def _run(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _trained(rows: list[dict[str, Any]], run: dict[str, Any]) -> list[dict[str, Any]]:
+    if run.get("apply") != "sample":
+        return []
+    times = np.array([row["times trained"] for row in rows], int)
+    kinds = {"never": times == 0, "once": times == 1, "twice": times == 2, "more often": times > 2}
+    return [{"trained": name, "rows": int(here.sum()), "share": float(here.mean())} for name, here in kinds.items()]
+
+
 def _refresh(columns: dict[str, np.ndarray], refresh: float) -> dict[str, Any]:
     here = columns["refresh"] == refresh
     weight, score = columns["weight"][here], columns["score"][here]
@@ -112,6 +123,9 @@ def _rows(columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """Each row with supervised tokens: its weight and score at its last scoring, and its weight at its first."""
     order = np.lexsort((columns["refresh"], columns["row"]))
     row = columns["row"][order]
+    # A row's draws are those until its next refresh, so that the whole run's are their sum.
+    places = np.unique(columns["row"], return_inverse=True)[1]
+    draws = np.bincount(places, np.nan_to_num(columns["draws"]))
     first, last = order[np.insert(row[1:] != row[:-1], 0, True)], order[np.append(row[1:] != row[:-1], True)]
     return [
         {
@@ -121,6 +135,7 @@ def _rows(columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
             "change": float(columns["weight"][b] - columns["weight"][a]),
             "score": float(columns["score"][b]),
             "tokens": int(columns["tokens"][b]),
+            "times trained": int(draws[places[b]]),
         }
         for a, b in zip(first, last, strict=True)
         if columns["tokens"][b] > 0
@@ -139,6 +154,7 @@ def _sections(numbers: dict[str, Any]) -> list[Section]:
             "Overhead is scoring seconds over training seconds.",
             rows=[{"": k, "value": v} for k, v in numbers["run"].items()],
         ),
+        *_of_draws(numbers),
         *_of_weights(numbers),
         Section("Refreshes", "Effective sample size: (Σw)² / Σw² over the number of rows.", rows=numbers["refreshes"]),
         Section(
@@ -154,6 +170,18 @@ def _sections(numbers: dict[str, Any]) -> list[Section]:
             Section("Who lost", rows=numbers["lost"]),
         ]
     return sections
+
+
+def _of_draws(numbers: dict[str, Any]) -> list[Section]:
+    if not numbers["trained"]:
+        return []
+    return [
+        Section(
+            "How often rows were trained",
+            "In the whole run; without the block every row is trained once an epoch. The text of a row is in the trainer's data.",
+            rows=numbers["trained"],
+        )
+    ]
 
 
 def _of_weights(numbers: dict[str, Any]) -> list[Section]:

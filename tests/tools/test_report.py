@@ -25,7 +25,7 @@ def test_page_and_numbers(finished):
     result = CliRunner().invoke(app, ["report", str(finished)])
     assert result.exit_code == 0, result.output
     page = (finished / "ica" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "Who gained" in page
+    assert page.count("data:image/png;base64,") == 3 and "Who gained" in page and "How often rows" not in page
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
     numbers = json.loads((finished / "ica" / "report.json").read_text())
     table = pq.read_table(finished / "ica" / "scores.parquet").to_pandas()
@@ -54,6 +54,24 @@ def test_a_run_scored_once_has_nobody_who_gained_and_no_plot_over_time(finished,
     page = write_report(tmp_path).read_text()
     assert page.count("data:image/png;base64,") == 2 and "over time" not in page
     assert "first weight" not in page and "first weight" in write_report(finished).read_text()
+
+
+def test_how_often_rows_were_trained(tmp_path):
+    run(tmp_path, {"refresh_interval": "epoch", "apply": "sample"}, num_train_epochs=3)
+    page = write_report(tmp_path)
+    numbers = json.loads(page.with_suffix(".json").read_text())
+    table = pq.read_table(tmp_path / "ica" / "scores.parquet").to_pandas()
+    times = table.groupby("row").draws.sum()
+    counts = {line["trained"]: line["rows"] for line in numbers["trained"]}
+    assert counts == {
+        "never": (times == 0).sum(),
+        "once": (times == 1).sum(),
+        "twice": (times == 2).sum(),
+        "more often": (times > 2).sum(),
+    }
+    assert times.sum() == 3 * 22 and sum(counts.values()) == 22
+    assert "How often rows were trained" in page.read_text()
+    assert all(line["times trained"] == times[line["row"]] for line in numbers["highest"] + numbers["lowest"])
 
 
 def test_no_run(tmp_path, finished):
