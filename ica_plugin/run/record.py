@@ -26,6 +26,7 @@ def run_record(refresh: Refresh, clock: Clock, drawing: Drawing | None) -> dict[
         "distinct_rows": None if drawing is None else int(drawing.ever.sum()),
         "never_drawn": None if drawing is None else int((~drawing.ever).sum()),
         "rows": len(scoring.train),
+        "train_rows_digest": scoring.train.digest,
         "holdout_rows": len(scoring.holdout.examples),
         "rows_in_holdout": scoring.holdout.rows_in_train,
         "rows_without_supervised_token": int((refresh.tokens == 0).sum()),

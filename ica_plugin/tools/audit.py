@@ -8,20 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from ..data.public import public_source
 from ..errors import ICAError
 from ..run.callback import ICACallback
-from .audit_page import sections
+from ..weighting.weights import weights_from_scores
+from .audit_page import row_table, sections
+from .audit_verdicts import verdicts
 from .measures import agreement, spread
 from .page import write_page
-from .sample import Sample, parts_in
+from .row_text import RowText
+from .sample import Columns, Sample, parts_in
 
 ALWAYS = ("ica", "likelihood", "ica + likelihood", "one_shot", "rds", "random")
 
 
 WITH_ADAPTER = ("influence",)
-
-
-SHOWN_ROWS = 5
 
 
 FEWEST_ROWS = 20
@@ -48,7 +49,9 @@ def write_audit(host: ModuleType, config: Path, out: Path, *, rows: int, planted
     if callback.trainer.accelerator.num_processes > 1:
         raise ICAError("the audit runs in one process; start it without a launcher.")
     numbers = audit_numbers(callback, rows=rows, planted=planted, scorers=scorers)
-    write_page(out, f"ICA audit: {config.name}", sections(numbers), numbers)
+    write_page(
+        out, f"ICA audit: {config.name}", sections(numbers), numbers, verdicts=verdicts(numbers), rows=row_table(numbers["rows"])
+    )
     return out
 
 
@@ -60,8 +63,8 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
         scorers: rank correlation, overlap of the best and of the worst tenth, chance is 0.1), `influence` (the same of each
         scorer with exact influence; empty for a full finetune), `sensitivity` (of ICA), `noise` (AUROC by kind of
         corruption and scorer: 1 ranks every clean row above its corrupted copies, 0.5 is chance; `noise left out` has the kinds
-        that fewer than 5 of the planted rows allow), `best` and `worst` rows
-        by the block's own score, with their text, and `values` (the sample's scores by scorer).
+        that fewer than 5 of the planted rows allow), `rows` (the sample's, best first by the block's own score, with the weight that
+        they would have among themselves and their text) and `values` (the sample's scores by scorer).
     """
     rng = np.random.default_rng(callback.config.seed)
     scorable = np.flatnonzero(callback.train.can_be_scored)
@@ -72,8 +75,6 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
     names = list(dict.fromkeys([*(scorers or _defined(callback)), own]))
     sample.score(names)
     values = {name: sample.total(name) for name in names}
-    ranked = np.argsort(-values[own], kind="stable")
-    ranked = ranked[np.isfinite(values[own][ranked])]
     noise, left_out = sample.noise(names, planted, rng)
     return {
         "data": _data(callback, scorable) | {"rows in the sample": len(sample.rows), "score of the config": own},
@@ -87,8 +88,7 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
         "sensitivity": sample.sensitivity(),
         "noise": noise,
         "noise left out": left_out,
-        "best": [_shown(sample, i, values[own]) for i in ranked[:SHOWN_ROWS].tolist()],
-        "worst": [_shown(sample, i, values[own]) for i in ranked[::-1][:SHOWN_ROWS].tolist()],
+        "rows": _rows(sample, values),
         "values": {name: column.tolist() for name, column in values.items()},
     }
 
@@ -98,6 +98,8 @@ def _data(callback: ICACallback, scorable: np.ndarray) -> dict[str, Any]:
     return {
         "train rows": len(train),
         "kind": train.kind,
+        "holdout": public_source(callback.config.holdout),
+        "default score": callback.config.model_copy(update={"score": "auto"}).resolved(train.kind, draws=True).score,
         "without supervised tokens": len(train) - len(scorable),
         "holdout rows": len(holdout.examples),
         "shown as demonstrations": len(holdout.shown),
@@ -110,8 +112,24 @@ def _described(name: str, scores: np.ndarray, sample: Sample) -> dict[str, Any]:
     return {"scorer": name, **spread(scores), "seconds, alone": sum(sample.seconds[part] for part in parts_in([name]))}
 
 
-def _shown(sample: Sample, index: int, scores: np.ndarray) -> dict[str, Any]:
-    return {"row": sample.rows[index], "score": float(scores[index]), **sample.text(index)}
+def _rows(sample: Sample, values: Columns) -> list[dict[str, Any]]:
+    """The sample by the block's own score, the best first; rows without one last."""
+    callback = sample.callback
+    own, text = values[callback.config.score], RowText(callback)
+    try:
+        weights = weights_from_scores(own, callback.config, tokens=callback.train.supervised[sample.rows], by_token=False).values
+    except ICAError:  # too many rows without a score to weigh the others, which the scores' table says
+        weights = np.full(len(own), np.nan)
+    return [
+        {
+            "row": sample.rows[i],
+            "weight": float(weights[i]),
+            **{name: float(column[i]) for name, column in values.items()},
+            **text.of_row(sample.rows[i]),
+            "demonstrations": text.of_demonstrations(sample.demonstrations[i]),
+        }
+        for i in np.argsort(-own, kind="stable").tolist()
+    ]
 
 
 def _defined(callback: ICACallback) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .measures import DECILE
-from .page import Section, picture
+from .page import RowTable, Section, picture
 
 Numbers = dict[str, Any]
 
@@ -25,9 +25,16 @@ def sections(numbers: Numbers) -> list[Section]:
             rows=numbers["sensitivity"],
         ),
         *_of_noise(numbers),
-        Section("Best rows", f"By the config's own score, `{numbers['data']['score of the config']}`.", rows=numbers["best"]),
-        Section("Worst rows", rows=numbers["worst"]),
     ]
+
+
+def row_table(rows: list[dict[str, Any]]) -> RowTable:
+    """The sample's rows to search and sort."""
+    return RowTable(
+        rows,
+        "The sample, best first by the config's own score. `row` is the index into the trainer's train rows; `weight` is among the sample "
+        "alone. Read the last ones.",
+    )
 
 
 def _chance(count: int) -> str:
@@ -103,7 +110,8 @@ def _matrix(numbers: Numbers) -> Callable[[Any], None]:
         axes.set_yticks(range(len(names)), names, fontsize=8)
         for i in range(len(names)):
             for j in range(len(names)):
-                axes.text(j, i, f"{grid[i, j]:.2f}", ha="center", va="center", fontsize=7)
+                dark = abs(grid[i, j]) > 0.6  # of the map's cells, so that the number can be read on it
+                axes.text(j, i, f"{grid[i, j]:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
 
     return draw
 

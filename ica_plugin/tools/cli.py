@@ -91,12 +91,18 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="The HTML file; the numbers lie beside it as JSON. Default: in the run's ica folder.")
     ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The run's config, for the text of its rows: loads its data and model.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="The `output_dir` of the same run without the block, to say whether it helped.")
+    ] = None,
 ) -> None:
-    """What a finished run did with its weights: over time, effective sample size, overhead, who gained and lost."""
+    """What a finished run did: whether it helped, what it cost, which rows were trained how often, with which weights."""
     from .report import write_report
 
-    with _errors(output_dir):
-        page = write_report(output_dir, out)
+    with _errors(config or output_dir):
+        page = write_report(output_dir, out, host=_host(config) if config else None, config=config, against=against)
     Console().print(f"{page} and {page.with_suffix('.json')}")
 
 

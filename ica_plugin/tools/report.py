@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from ..data.scores import read_scores
 from ..errors import ICAError
-from .page import Section, picture, write_page
+from .against import compared
+from .page import write_page
+from .report_page import row_table, sections, verdicts
+from .row_text import RowText, text_of_run
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -18,18 +22,28 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHOWN_ROWS = 10
 
 
-def write_report(output_dir: Path, out: Path | None = None) -> Path:
+def write_report(
+    output_dir: Path,
+    out: Path | None = None,
+    *,
+    host: ModuleType | None = None,
+    config: Path | None = None,
+    against: Path | None = None,
+) -> Path:
     """Write a page and its numbers from a run's `ica/scores.parquet` and `ica/run.json`.
 
     Args:
         output_dir: of the run.
         out: the HTML file; default `{output_dir}/ica/report.html`. The JSON lies beside it.
+        host: the host's module, where `config` is given.
+        config: the run's, for the text of its rows; loads data and model as the run did.
+        against: the `output_dir` of the same run without the block, to say whether it helped.
 
     Returns:
         the HTML file.
 
     Raises:
-        ICAError: no finished run there, or a run with given weights, which scored nothing.
+        ICAError: no finished run there, or a run with given weights, which scored nothing, or a config of another run.
     """
     folder = output_dir / "ica"
     if not (folder / "run.json").is_file():
@@ -39,9 +53,20 @@ def write_report(output_dir: Path, out: Path | None = None) -> Path:
     if not (folder / "scores.parquet").is_file():
         raise ICAError("the run trained with given weights and scored nothing, so there is nothing to report.")
     run = json.loads((folder / "run.json").read_text())
-    numbers = report_numbers(read_scores(folder / "scores.parquet").to_pydict(), run)
+    table = read_scores(folder / "scores.parquet").to_pydict()
+    numbers = report_numbers(table, run)
+    if against is not None:
+        numbers["against"] = compared(output_dir, against)
+    text: RowText | None = None if host is None or config is None else text_of_run(host, config, run)
     out = out or folder / "report.html"
-    write_page(out, f"ICA report: {output_dir.name}", _sections(numbers), numbers)
+    write_page(
+        out,
+        f"ICA report: {output_dir.name}",
+        sections(numbers),
+        numbers,
+        verdicts=verdicts(numbers),
+        rows=row_table(numbers["rows"], table, text),
+    )
     return out
 
 
@@ -55,24 +80,20 @@ def report_numbers(table: dict[str, list], run: dict[str, Any]) -> dict[str, Any
     Returns:
         `run` (rows, seconds and overhead: scoring over training), `trained` (with `apply: sample`: number of rows by how often they
         were trained in the whole run, else empty), `refreshes` (one dict each: scores, weights' quantiles,
-        effective sample size (Σw)² / Σw² / n), `highest` and `lowest` rows by their last weight, and `gained` and `lost`:
+        effective sample size (Σw)² / Σw² / n), `rows` (one dict each, by their last weight, the highest first), and `gained` and `lost`:
         rows by the change of their weight between their first and last scoring, empty where every row was scored once.
     """
     names = ("row", "refresh", "step", "score", "weight", "tokens", "draws")
     columns = {name: np.array(table[name], dtype=float) for name in names}
-    rows = _rows(columns)
-    by_weight = sorted(rows, key=lambda r: -r["weight"])
+    rows = sorted(_rows(columns), key=lambda r: -r["weight"])
     moved = sorted((r for r in rows if r["change"] != 0), key=lambda r: -r["change"])
     return {
         "run": _run(run),
         "trained": _trained(rows, run),
         "refreshes": [_refresh(columns, refresh) for refresh in np.unique(columns["refresh"])],
-        "highest": by_weight[:SHOWN_ROWS],
-        "lowest": by_weight[::-1][:SHOWN_ROWS],
+        "rows": rows,
         "gained": [r for r in moved[:SHOWN_ROWS] if r["change"] > 0],
         "lost": [r for r in moved[::-1][:SHOWN_ROWS] if r["change"] < 0],
-        "weights": [r["weight"] for r in by_weight],
-        "scores": [r["score"] for r in by_weight],
     }
 
 
@@ -85,6 +106,7 @@ def _run(run: dict[str, Any]) -> dict[str, Any]:
         "steps": run["steps"],
         "score": run["config"].get("score", "ica"),
         "weighting": run["config"].get("weighting"),
+        "apply": run.get("apply"),
         "refreshes": run["refreshes"],
         "scored rows": run["scored_rows"],
         "scoring seconds": seconds,
@@ -140,80 +162,3 @@ def _rows(columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         for a, b in zip(first, last, strict=True)
         if columns["tokens"][b] > 0
     ]
-
-
-def _sections(numbers: dict[str, Any]) -> list[Section]:
-    moved = bool(numbers["gained"] or numbers["lost"])
-
-    def without_change(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in row.items() if moved or k not in ("first weight", "change")} for row in rows]
-
-    sections = [
-        Section(
-            "The run",
-            "Overhead is scoring seconds over training seconds.",
-            rows=[{"": k, "value": v} for k, v in numbers["run"].items()],
-        ),
-        *_of_draws(numbers),
-        *_of_weights(numbers),
-        Section("Refreshes", "Effective sample size: (Σw)² / Σw² over the number of rows.", rows=numbers["refreshes"]),
-        Section(
-            "Who counts most",
-            "Rows by their last weight; `row` is the index into the trainer's train rows.",
-            rows=without_change(numbers["highest"]),
-        ),
-        Section("Who counts least", rows=without_change(numbers["lowest"])),
-    ]
-    if moved:
-        sections += [
-            Section("Who gained", "From the first to the last scoring of the row.", rows=numbers["gained"]),
-            Section("Who lost", rows=numbers["lost"]),
-        ]
-    return sections
-
-
-def _of_draws(numbers: dict[str, Any]) -> list[Section]:
-    if not numbers["trained"]:
-        return []
-    return [
-        Section(
-            "How often rows were trained",
-            "In the whole run; without the block every row is trained once an epoch. The text of a row is in the trainer's data.",
-            rows=numbers["trained"],
-        )
-    ]
-
-
-def _of_weights(numbers: dict[str, Any]) -> list[Section]:
-    refreshes = numbers["refreshes"]
-    steps = [r["step"] for r in refreshes]
-
-    def weights(axes: Any) -> None:
-        axes.hist(numbers["weights"], bins=30)
-        axes.axvline(1, color="black", linestyle=":")
-        axes.set(xlabel="weight", ylabel="rows")
-
-    def over_time(axes: Any) -> None:
-        for q in QUANTILES:
-            of_quantile = [r[f"weight q{int(100 * q)}"] for r in refreshes]
-            axes.plot(steps, of_quantile, marker="o", markersize=3, label=f"{q:.0%} quantile")
-        axes.set(xlabel="optimizer step", ylabel="weight")
-        axes.legend(frameon=False, fontsize=8)
-
-    def sample_size(axes: Any) -> None:
-        axes.plot(steps, [100 * r["effective sample size"] for r in refreshes], marker="o", markersize=3)
-        axes.set(xlabel="optimizer step", ylabel="effective sample size, %", ylim=(0, 102))
-
-    def distribution(axes: Any) -> None:
-        axes.scatter(numbers["scores"], numbers["weights"], s=8, alpha=0.6)
-        axes.set(xlabel="last score", ylabel="last weight")
-
-    if len(refreshes) == 1:
-        given = [Section("Weights", "Rows by their weight; 1 is no weighting.", picture(weights))]
-    else:
-        text = "Quantiles of the weights given at each refresh; 1 is no weighting."
-        given = [
-            Section("Weights over time", text, picture(over_time)),
-            Section("Effective sample size", "As a share of the rows: 100 % when all weights are equal.", picture(sample_size)),
-        ]
-    return [*given, Section("Scores and weights", picture=picture(distribution))]

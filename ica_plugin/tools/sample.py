@@ -33,13 +33,14 @@ class Sample:
     Attributes:
         columns: scores of the sample by scorer and holdout set, as far as they were asked for.
         seconds: what each scorer took by itself.
+        demonstrations: what each row of the sample is shown, indices of holdout rows.
     """
 
     def __init__(self, callback: ICACallback, rows: list[int]):
         self.callback, self.rows = callback, rows
         self.columns: Columns = {}
         self.seconds: dict[str, float] = {}
-        self._demonstrations = self._find()
+        self.demonstrations = self._find()
 
     def score(self, names: list[str]) -> None:
         """Score the sample by every scorer of the sums `names`, each by itself, to tell what it costs."""
@@ -53,15 +54,6 @@ class Sample:
         """The one score of each row by the sum `name`, of the sample or of other rows' columns."""
         config = self.callback.config.model_copy(update={"score": name})
         return balanced_score(config, self.columns if columns is None else columns)
-
-    def text(self, index: int) -> dict[str, str]:
-        """The beginning of a row's text; of a pair, of both responses."""
-        tokenizer = self.callback.trainer.processing_class
-        sequences = self.callback.train[self.rows[index]].sequences
-        return {
-            side: tokenizer.decode(sequence.tokens)[:1500]
-            for side, sequence in zip(("text", "rejected"), sequences, strict=False)
-        }
 
     def sensitivity(self) -> list[dict[str, Any]]:
         """ICA under other demonstrations, against ICA as the config has it."""
@@ -77,7 +69,7 @@ class Sample:
             for k in sorted({1, 3, 5} - {config.k})
             if k <= min(map(len, holdout.sets.values()))
         ]
-        found.append(against_own("the order turned round", self._ica([shown[::-1] for shown in self._demonstrations])))
+        found.append(against_own("the order turned round", self._ica([shown[::-1] for shown in self.demonstrations])))
         if config.retrieval != "random":
             found.append(against_own("demonstrations at random", self._ica(self._find(retrieval="random"))))
         bare = dataclasses.replace(holdout, examples=[_without_prompt(row) for row in holdout.examples])
@@ -132,7 +124,7 @@ class Sample:
             callback.scoring.context([], []),
             train=train,
             rows=list(range(len(train))),
-            demonstrations=[self._demonstrations[i] for i in origin],
+            demonstrations=[self.demonstrations[i] for i in origin],
             holdout=dataclasses.replace(
                 callback.holdout, hidden_from=[callback.holdout.hidden_from[self.rows[i]] for i in origin]
             ),
@@ -149,13 +141,13 @@ class Sample:
 
     def _score(self, parts: list[str], context: ScoringContext | None = None) -> Columns:
         """Scores of the sample, or of a context's rows, computed together."""
-        context = context or self.callback.scoring.context(self.rows, self._demonstrations)
+        context = context or self.callback.scoring.context(self.rows, self.demonstrations)
         config = self.callback.config.model_copy(update={"score": " + ".join(parts)})
         return scores_for_sets(dataclasses.replace(context, config=config))
 
     def _ica(self, demonstrations: list[list[int]] | None = None, **of_context: Any) -> np.ndarray:
         """ICA of the sample with other demonstrations, or with other attributes of the scoring context."""
-        shown = self._demonstrations if demonstrations is None else demonstrations
+        shown = self.demonstrations if demonstrations is None else demonstrations
         context = dataclasses.replace(self.callback.scoring.context(self.rows, shown), **of_context)
         return self.total("ica", self._score(["ica"], context))
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -14,7 +15,8 @@ from ica_plugin.data.store import Example, Sequence
 from ica_plugin.errors import ICAError
 from ica_plugin.run.files import ScoreFile
 from ica_plugin.tools.audit import audit_numbers
-from ica_plugin.tools.audit_page import sections
+from ica_plugin.tools.audit_page import row_table, sections
+from ica_plugin.tools.audit_verdicts import verdicts
 from ica_plugin.tools.measures import agreement, auroc
 from ica_plugin.tools.noise import corrupted
 from ica_plugin.tools.page import write_page
@@ -32,6 +34,12 @@ def make_callback(folder, block, holdout=None):
         processing_class=tokenizer,
     )
     return attach(trainer, tiny.NAMED | block, holdout=holdout)
+
+
+def page_of(numbers, folder):
+    out = folder / "audit.html"
+    write_page(out, "Audit", sections(numbers), numbers, verdicts=verdicts(numbers), rows=row_table(numbers["rows"]))
+    return out.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +68,15 @@ def test_numbers_and_page(callback, tmp_path):
     rng, rows = np.random.default_rng(0), numbers["noise"][0]["rows"]
     by_chance = [auroc(rng.normal(size=2 * rows), rows) for _ in range(3000)]
     assert float(numbers["noise"][0]["chance"].removeprefix("0.5 ± ")) == pytest.approx(2 * np.std(by_chance), rel=0.05)
-    assert numbers["best"][0]["score"] == ica.max() and numbers["worst"][0]["score"] == ica.min()
-    assert (
-        callback.trainer.processing_class.decode(callback.train[numbers["best"][0]["row"]].sequences[0].tokens)
-        == numbers["best"][0]["text"]
-    )
-    write_page(tmp_path / "audit.html", "Audit", sections(numbers), numbers)
-    page = (tmp_path / "audit.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "<script" not in page
+    best, worst = numbers["rows"][0], numbers["rows"][-1]
+    assert best["ica"] == ica.max() and worst["ica"] == ica.min() and len(numbers["rows"]) == 24
+    decode = callback.trainer.processing_class.decode
+    assert decode(callback.train[best["row"]].sequences[0].tokens) == best["text"]
+    (shown,) = callback.scoring.find_demonstrations([worst["row"]])
+    assert all(decode(callback.holdout.examples[row].sequences[0].tokens) in worst["demonstrations"] for row in shown)
+    assert np.mean([row["weight"] for row in numbers["rows"]]) == pytest.approx(1)
+    page = page_of(numbers, tmp_path)
+    assert page.count("data:image/png;base64,") == 3
     assert "0 ± 0.42 (two standard deviations) for the rank correlation of 24 rows" in page
     assert "altered numbers, which only 4 of the planted rows allow" in page
     assert json.loads((tmp_path / "audit.json").read_text())["data"]["kind"] == "sft"
@@ -102,8 +111,7 @@ def test_several_holdout_sets_are_scored_as_a_run_scores_them(tmp_path):
 def test_page_without_any_corruption_says_so(callback, tmp_path):
     numbers = audit_numbers(callback, rows=20, planted=4, scorers=["likelihood"])
     assert numbers["noise"] == [] and numbers["noise left out"]
-    write_page(tmp_path / "audit.html", "Audit", sections(numbers), numbers)
-    page = (tmp_path / "audit.html").read_text()
+    page = page_of(numbers, tmp_path)
     assert "Planted noise" in page and "another row&#39;s answer, which only" in page
 
 
@@ -116,10 +124,47 @@ def test_a_scorer_without_a_finite_score_is_said_to_have_none(tmp_path):
         numbers = audit_numbers(callback, rows=20, planted=5, scorers=scorers)
         described = {line["scorer"]: line for line in numbers["scores"]}
         assert described["ica"]["without a score"] == 20 and described["ica"]["mean"] is described["ica"]["q50"] is None
-        assert numbers["best"] == numbers["worst"] == []
-        write_page(tmp_path / "audit.html", "Audit", sections(numbers), numbers)
-        assert "Without any finite score: " in (tmp_path / "audit.html").read_text()
+        assert all(np.isnan(row["weight"]) for row in numbers["rows"])
+        assert "Without any finite score: " in page_of(numbers, tmp_path)
     assert described["one_shot"]["mean"] is None
+
+
+def an_audit(**of_scorers):
+    """Numbers as an audit has them, of which verdicts read these."""
+    return {
+        "data": {
+            "score of the config": "ica + likelihood",
+            "default score": "ica + likelihood",
+            "holdout": "good.jsonl",
+            "train rows": 1020,
+            "without supervised tokens": 20,
+            "rows in the sample": 100,
+            "shown as demonstrations": 50,
+        },
+        "noise": [{"corruption": "words shuffled", "rows": 40, "chance": "0.5 ± 0.13"} | of_scorers],
+        "values": dict.fromkeys(of_scorers, []),
+        "sensitivity": [{"ICA with": "one half of the holdout against the other", "rank correlation": 0.8}],
+        "scores": [{"scorer": "ica + likelihood", "seconds, alone": 12.0}],
+    }
+
+
+def test_verdicts_follow_the_numbers_and_no_further_than_chance():
+    """Another score is recommended only where it is better by more than chance, and never one that does not look at the holdout."""
+    numbers = an_audit(ica=0.6, likelihood=1.0, **{"ica + likelihood": 0.7, "rds": 0.82})
+    keep, enough, cost = verdicts(numbers)
+    assert keep.title == "Keep `score: ica + likelihood`." and yaml.safe_load(keep.block) == {"ica": {"holdout": "good.jsonl"}}
+    assert enough.title == "The holdout (50 rows) is large enough." and "0.80 (chance: 0 ± 0.20)" in enough.evidence
+    assert cost.title == "Scoring all 1000 rows once takes about 2 minutes on this machine."
+    numbers["noise"][0]["rds"] = 0.84
+    other = verdicts(numbers)[0]
+    assert other.title == "`score: rds` suits this data better than the config's own."
+    assert yaml.safe_load(other.block) == {"ica": {"holdout": "good.jsonl", "score": "rds"}}
+    numbers["noise"][0] |= dict.fromkeys(("ica", "ica + likelihood", "rds"), 0.6)
+    assert "better than chance would" in verdicts(numbers)[0].title
+    numbers["sensitivity"][0]["rank correlation"] = 0.4
+    assert "too small" in verdicts(numbers)[1].title
+    numbers |= {"noise": [], "sensitivity": []}
+    assert "No noise could be planted" in verdicts(numbers)[0].evidence and "at least 8 rows" in verdicts(numbers)[1].evidence
 
 
 def test_agreement_and_auroc():

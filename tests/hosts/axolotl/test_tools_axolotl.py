@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 import processes
 import tiny
-from harness import write_config
+from harness import build, write_config
+from ica_plugin.run.callback import ICACallback
 from ica_plugin.tools.cli import app
+from ica_plugin.tools.row_text import RowText
 
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]}
 
@@ -87,3 +89,28 @@ def test_two_holdout_sets(tmp_path, tiny_model):
     table = pq.read_table(tmp_path / "scores.parquet")
     assert {"ica:a", "ica:b"} <= set(table.column_names)
     assert all(first < 6 <= second for first, second in table["demos"].to_pylist())
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_report_with_the_text_of_the_rows(tmp_path, tiny_model, kind):
+    """The config's rows, read again by Axolotl, are those that were trained: shuffled, and without the one that is too long."""
+    rows, holdout = (tiny.sft_rows, tiny.sft_rows) if kind == "sft" else (tiny.pair_rows, tiny.pair_rows)
+    train = rows(10, seed=1)
+    if kind == "sft":
+        train.insert(4, {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "green " * 400}]})
+    config = write_config(tmp_path, tiny_model, kind, train, holdout(6, seed=9), {"k": 2}, **LORA)
+    trainer = build(config)
+    trainer.train()
+    run("report", tmp_path / "out", "--config", config)
+    page = (tmp_path / "out" / "ica" / "report.html").read_text()
+    numbers = json.loads((tmp_path / "out" / "ica" / "report.json").read_text())
+    tokens = [row["input_ids" if kind == "sft" else "chosen_ids"] for row in trainer.train_dataset]
+    texts = [trainer.processing_class.decode(row) for row in tokens]
+    assert len(numbers["rows"]) == 10 and len(set(texts)) == 10
+    fresh = build(config)
+    callback = next(one for one in fresh.callback_handler.callbacks if isinstance(one, ICACallback))
+    assert all(texts[row] in RowText(callback).of_row(row, limit=10_000)["text"] for row in range(10))
+    assert "demonstrations" in page and "Every row was trained" in page
+    tiny.write_jsonl(tmp_path / "train.jsonl", train[::-1])
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--config", str(config)])
+    assert result.exit_code == 1 and "its rows are not those of the run" in result.output
