@@ -27,7 +27,9 @@ def callback_of(trainer) -> ICACallback:
 
 
 def write_weights(path: Path, weights) -> Path:
-    pq.write_table(pa.table({"row": np.arange(len(weights)), "weight": np.asarray(weights, dtype=np.float64)}), path)
+    """A file whose `row` counts the trainer's rows, as its `source` says where the host moves them."""
+    rows = np.arange(len(weights))
+    pq.write_table(pa.table({"row": rows, "source": rows, "weight": np.asarray(weights, dtype=np.float64)}), path)
     return path
 
 

@@ -9,6 +9,9 @@ import pyarrow.parquet as pq
 
 SCORES, PARTS = "scores.parquet", "scores"
 
+# Key of a scores file's metadata: the digest of the train rows, in their order, whose numbers its column `row` has.
+TRAIN_ROWS = "ica_train_rows"
+
 
 def score_files(folder: Path) -> list[Path]:
     """The files in a run's `ica` folder that hold its scores, in the order of their refreshes."""

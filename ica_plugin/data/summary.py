@@ -12,7 +12,9 @@ from .read import one_row, read_examples
 from .weights_file import read_weights
 
 
-def summary(config: ICAConfig, train: Any, load: HoldoutLoader, *, tokenised: bool, context: int | None = None) -> dict[str, Any]:
+def summary(
+    config: ICAConfig, train: Any, load: HoldoutLoader, *, tokenised: bool, context: int | None = None, moved_rows: str = ""
+) -> dict[str, Any]:
     """Check the block, the train rows and the holdout without a model.
 
     Args:
@@ -21,6 +23,7 @@ def summary(config: ICAConfig, train: Any, load: HoldoutLoader, *, tokenised: bo
         load: the host's loader.
         tokenised: whether the host tokenises its rows before there is a trainer; if not, rows are counted alone.
         context: the model's context in tokens, None if unlimited.
+        moved_rows: why the train rows do not stand as in the data file, if so.
 
     Returns:
         what was found, by name.
@@ -31,7 +34,7 @@ def summary(config: ICAConfig, train: Any, load: HoldoutLoader, *, tokenised: bo
     found: dict[str, Any] = {"rows": len(train)}
     if config.weights is not None:
         column = config.weights in train.column_names
-        weights = train[config.weights] if column else read_weights(config.weights, len(train))
+        weights = train[config.weights] if column else read_weights(config.weights, len(train), moved_rows=moved_rows)
         return {**found, "weights": f"{config.weights}, mean {sum(weights) / len(weights):.3g}"}
     sets = {name: load.dataset(one) for name, one in config.sets.items()}
     found["holdout rows"] = ", ".join(f"{len(rows)} ({source})" for source, rows in sets.values())

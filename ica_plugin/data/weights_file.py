@@ -9,30 +9,34 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import ICAError
-from ..log import get_logger
-from .scores import read_scores
+from .scores import TRAIN_ROWS, read_scores
+from .store import Rows
+
+SCORE = "Score this config: `ica-plugin score <config> --out scores.parquet`."
 
 READERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 
 
-def read_weights(path: str, rows: int, tokens: np.ndarray | None = None, moved_rows: str = "") -> np.ndarray:
+def read_weights(path: str, rows: int, train: Rows | None = None, moved_rows: str = "") -> np.ndarray:
     """Read a file with the columns `row` (index into the trainer's train rows) and `weight`, one line per row.
 
     An earlier run's `ica/scores.parquet` works too: where there is a column `refresh`, each row's last one counts, and its
-    column `tokens` must agree with this run's rows, or they are others or in another order. Weights are used as they are,
-    without scaling.
+    column `tokens` must agree with this run's rows, or they are others or in another order. Where the host moves rows, the
+    file's own digest of them must be this run's. Weights are used as they are, without scaling.
 
     Args:
         path: parquet, csv or jsonl.
         rows: number of train rows.
-        tokens: int [rows], supervised tokens of each train row, where they are known.
-        moved_rows: why the train rows do not stand as in the data file, if so; weights that no run made are then warned about.
+        train: the train rows, where they are known.
+        moved_rows: why the train rows do not stand as in the data file, if so. Then a file must show that it means the trainer's
+            rows: by a column `source` (the place in the data file, as in a file of `ica-plugin score`) or `refresh`.
 
     Returns:
         float64 [rows].
 
     Raises:
-        ICAError: missing or malformed file, missing, duplicate or unknown rows, rows of another run, negative or NaN weights.
+        ICAError: missing or malformed file, missing, duplicate or unknown rows, rows of another run, negative or NaN weights,
+            or numbers that are those of the data file where the host moves rows.
     """
     where = f"ica.weights: {path}"
     table = _read_table(path, where)
@@ -48,13 +52,16 @@ def read_weights(path: str, rows: int, tokens: np.ndarray | None = None, moved_r
     except (TypeError, ValueError):
         raise ICAError(f"{where}: column `weight` must hold numbers, found {frame['weight'].dtype}.") from None
     if "refresh" in table.column_names:
-        index, weight = _last_of_each_row(table, index, weight, rows, tokens, where)
-    elif moved_rows:
-        get_logger().warning(
-            "%s: `row` counts the trainer's rows, not those of the data file: %s. A file of `ica-plugin score` has both, as `row` and "
-            "`source`.",
-            where,
-            moved_rows,
+        index, weight = _last_of_each_row(table, index, weight, rows, train, where)
+    elif moved_rows and not _tells_places(table):
+        raise ICAError(
+            f"{where}: `row` must count the trainer's rows, and they do not stand as in the data file: {moved_rows}. Or take `row` "
+            "and `source` (the place in the data file) from a file of `ica-plugin score`, and keep both columns beside `weight`."
+        )
+    digest = (table.schema.metadata or {}).get(TRAIN_ROWS.encode(), b"").decode()
+    if moved_rows and train is not None and digest not in ("", train.digest):
+        raise ICAError(
+            f"{where}: it was scored for other rows, or for these in another order, and rows move here: {moved_rows}. {SCORE}"
         )
     unknown = index[(index < 0) | (index >= rows)]
     if len(unknown):
@@ -70,22 +77,26 @@ def read_weights(path: str, rows: int, tokens: np.ndarray | None = None, moved_r
     return check_weights(result, where)
 
 
+def _tells_places(table: pa.Table) -> bool:
+    """Whether a table has both the trainer's row and the place in the data file; a text `source` says where a row came from."""
+    return "source" in table.column_names and pa.types.is_integer(table.schema.field("source").type)
+
+
 def _last_of_each_row(
-    table: pa.Table, index: np.ndarray, weight: np.ndarray, rows: int, tokens: np.ndarray | None, where: str
+    table: pa.Table, index: np.ndarray, weight: np.ndarray, rows: int, train: Rows | None, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """(rows, weights) of the last refresh of each row of a run's scores; raises ICAError where they are scores of other rows."""
     order = np.lexsort((table["refresh"].to_numpy(zero_copy_only=False), index))
     order = order[np.append(index[order][1:] != index[order][:-1], True)]
     index, weight = index[order], weight[order]
-    if tokens is not None and "tokens" in table.column_names:
+    if train is not None and "tokens" in table.column_names:
         counted = table["tokens"].to_numpy(zero_copy_only=False)[order]
         inside = (index >= 0) & (index < rows)
-        other = index[inside][counted[inside] != tokens[index[inside]]]
+        other = index[inside][counted[inside] != train.supervised[index[inside]]]
         if len(other):
             raise ICAError(
                 f"{where}: it was scored for other rows, or for these in another order: {len(other)} of {rows} rows have another "
-                f"number of supervised tokens, first row {other[0]}. Score this config: `ica-plugin score <config> --out "
-                "scores.parquet`."
+                f"number of supervised tokens, first row {other[0]}. {SCORE}"
             )
     return index, weight
 

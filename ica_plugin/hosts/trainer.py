@@ -17,7 +17,7 @@ from ..errors import ICAError
 from ..run.attach import attach_examples
 from ..run.callback import ICACallback
 from ..versions import warn_if_untested
-from .trl import is_trl, limit_of, nothing_cut, prepare_like_train, refuse_trl_settings
+from .trl import is_trl, limit_of, moved_rows, nothing_cut, prepare_like_train, refuse_trl_settings
 
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 
@@ -38,7 +38,8 @@ def attach(
             `ica.holdout`, or a `datasets.Dataset`, either raw (it is prepared as the trainer prepared its own rows) or tokenised,
             in the columns of `trainer.train_dataset`.
         weights: float [n], one weight per row of `trainer.train_dataset`, or a file or column as under `ica.weights`;
-            then nothing is scored and no holdout is needed.
+            then nothing is scored and no holdout is needed. Where TRL moves rows (`packing`, `shuffle_dataset`) an array or a
+            file made by hand is refused.
 
     Returns:
         the callback, which holds the scores' files and the weights.
@@ -68,7 +69,8 @@ def attach(
     if is_trl(trainer):
         refuse_trl_settings(trainer)
     rows = holdout if hasattr(holdout, "column_names") else None
-    return attach_examples(trainer, parsed, read_holdout=TrainerHoldout(trainer, rows), weights=given)
+    moved = moved_rows(trainer) if is_trl(trainer) else ""
+    return attach_examples(trainer, parsed, read_holdout=TrainerHoldout(trainer, rows), weights=given, moved_rows=moved)
 
 
 class TrainerHoldout(HoldoutLoader):

@@ -70,6 +70,15 @@ def refuse_trl_settings(trainer: Trainer) -> None:
         )
 
 
+def moved_rows(trainer: Trainer) -> str:
+    """Why a TRL trainer's rows do not stand as in the data it was given, and without which settings they do; "" where they do."""
+    if getattr(trainer.args, "packing", False):
+        return "`packing=True` puts them into packs by their lengths (not with `padding_free=True` in its place, which pads no row either)"
+    if getattr(trainer.args, "shuffle_dataset", False):
+        return "`shuffle_dataset=True` shuffles them (not with `shuffle_dataset=False`)"
+    return ""
+
+
 def prepare_like_train(trainer: Trainer, rows: Any) -> Any:
     """Tokenise raw rows (prompt, chosen, …) as the TRL trainer tokenised its own.
 

@@ -74,7 +74,7 @@ def attach_examples(
         holdout = joined({name: check_holdout(*read_holdout(one), train, context) for name, one in config.sets.items()})
     callback = ICACallback(trainer, config, train, holdout, given=given, length_normalize=bool(config.length_normalize))
     callback.ranks.agree(facts_of(config, train, holdout, given) | {"row ids": digest_of_ids(row_ids)})
-    callback.files.moved_rows = moved_rows
+    callback.files.moved_rows, callback.files.train_rows = moved_rows, train.digest
     callback.hooks = Hooks(trainer, row_ids, train, callback)
     trainer.add_callback(callback)
     return callback
@@ -113,12 +113,20 @@ def _given_weights(
                 f"ica.weights: {config.weights}: the train dataset has no such column, only {dataset.column_names}. Give one "
                 "of them, or a .parquet, .csv or .jsonl file with the columns row and weight."
             )
-        return read_weights(config.weights, examples, tokens=train.supervised, moved_rows=moved_rows)
+        return read_weights(config.weights, examples, train=train, moved_rows=moved_rows)
     where = "weights" if weights is not None else f"ica.weights: column `{config.weights}`"
+    if weights is not None and moved_rows:
+        raise ICAError(
+            f"{where}: an array counts the trainer's rows, and they do not stand as in the data: {moved_rows}. Or put the weights into "
+            "the data, as a column that goes where its row goes: `attach(trainer, weights=<its name>)`."
+        )
     given = check_weights(dataset[config.weights] if weights is None else weights, where)
     if given.shape == (len(dataset),) and np.ndim(row_ids[0]) == 1:
         # One weight per packed row is one for each of its examples.
         given = np.repeat(given, [len(np.unique([i for i in ids if i != NO_ROW])) for ids in row_ids])
     if given.shape != (examples,):
-        raise ICAError(f"{where}: shape {given.shape}, but the trainer has {examples} train rows; give one weight per row.")
+        raise ICAError(
+            f"{where}: shape {given.shape}, but the trainer has {examples} train rows; give one weight per row. Where the trainer drops "
+            "rows, put the weights into the data as a column, which goes where its row goes, and give its name."
+        )
     return given

@@ -96,6 +96,11 @@ class ICACallback(TrainerCallback):
         return self.state.weights
 
     @property
+    def scores(self) -> torch.Tensor:
+        """float64 [rows]: the newest score of every train row; NaN where it has none."""
+        return self.state.scores
+
+    @property
     def files(self) -> RunFiles:
         """Where scores are written."""
         return self.refresh.files

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.scores import PARTS, SCORES, score_files
+from ..data.scores import PARTS, SCORES, TRAIN_ROWS, score_files
 from ..log import get_logger
 
 SCHEMA = pa.schema(
@@ -53,11 +53,12 @@ class RunFiles:
 
     Attributes:
         moved_rows: why `row` is not the place in the data file; "" where it is.
+        train_rows: digest of the rows that `row` counts.
     """
 
     def __init__(self, output_dir: str | os.PathLike):
         self.folder = Path(output_dir) / "ica"
-        self.moved_rows = ""
+        self.moved_rows = self.train_rows = ""
         self._new = True
         self._part: list[pa.Table] = []  # what the part in hand holds: one refresh, or more where the disk was full
         self._safe = True  # it is on the disk
@@ -108,7 +109,7 @@ class RunFiles:
         first = self._part[0]["refresh"][0].as_py()
         name = SCORES if first == 0 or not (self.folder / SCORES).exists() else f"{PARTS}/{first:06d}.parquet"
         table = pa.concat_tables(self._part, promote_options="default")
-        table = table.replace_schema_metadata({MOVED_ROWS: self.moved_rows} if self.moved_rows else None)
+        table = table.replace_schema_metadata(self._metadata())
         self._safe = self._write(name, lambda path: pq.write_table(table, path))
 
     def _take_newest(self) -> None:
@@ -157,6 +158,10 @@ class RunFiles:
         text = json.dumps({**record, "versions": versions()}, indent=2, default=str) + "\n"
         self._write("run.json", lambda path: path.write_text(text))
 
+    def _metadata(self) -> dict[str, str] | None:
+        known = {TRAIN_ROWS: self.train_rows, MOVED_ROWS: self.moved_rows}
+        return {key: value for key, value in known.items() if value} or None
+
     def _write(self, name: str, write: Callable[[Path], Any]) -> bool:
         """Whether `write` wrote the file, whole."""
         path = self.folder / name
@@ -181,19 +186,26 @@ class ScoreFile(RunFiles):
         source: int64 [train rows], each train row's place in the data file; None where it is the row's own index, or not known.
         source_rows: rows of the data file, where `source` is given.
         moved_rows: as of RunFiles; where `source` is given it does not matter.
+        train_rows: as of RunFiles.
     """
 
-    def __init__(self, path: Path, source: np.ndarray | None = None, source_rows: int | None = None, *, moved_rows: str = ""):
-        self.path, self.source, self.source_rows, self.moved_rows = path, source, source_rows, moved_rows
+    def __init__(
+        self,
+        path: Path,
+        source: np.ndarray | None = None,
+        source_rows: int | None = None,
+        *,
+        moved_rows: str = "",
+        train_rows: str = "",
+    ):
+        self.path, self.source, self.source_rows = path, source, source_rows
+        self.moved_rows, self.train_rows = moved_rows if source is None else "", train_rows
 
     def add_scores(self, columns: dict[str, Any]) -> None:
         if self.source is not None:
             columns = {**columns, "source": self.source[columns["row"]]}
-        table = score_table(columns)
-        if self.source_rows is not None:
-            table = table.replace_schema_metadata({SOURCE_ROWS: str(self.source_rows)})
-        elif self.moved_rows:
-            table = table.replace_schema_metadata({MOVED_ROWS: self.moved_rows})
+        source = {SOURCE_ROWS: str(self.source_rows)} if self.source_rows is not None else {}
+        table = score_table(columns).replace_schema_metadata({**(self._metadata() or {}), **source} or None)
         write_whole(self.path, lambda path: pq.write_table(table, path))
 
     def write_run(self, record: dict[str, Any]) -> None:

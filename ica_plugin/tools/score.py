@@ -29,7 +29,8 @@ def write_scores(host: ModuleType, config: Path, out: Path, score: str | None) -
     callback, source = host.attached(config, {} if score is None else {"score": score})
     trainer = callback.trainer
     trainer.callback_handler.callbacks = []  # no tracker starts a run for this
-    callback.refresh.files = ScoreFile(out, *(source or ()), moved_rows=callback.files.moved_rows)
+    files = callback.files
+    callback.refresh.files = ScoreFile(out, *(source or ()), moved_rows=files.moved_rows, train_rows=files.train_rows)
     parts = callback.refresh.parts = callback.parts_in(out.with_name(f"{out.name}.unfinished"))
     callback.refresh(list(range(len(callback.train))), shared=True)
     trainer.accelerator.wait_for_everyone()

@@ -21,6 +21,9 @@ UNSUPPORTED_KEYS = {
     "balance_labels": "its sampler asks for the host's own collator, which the plugin wraps",
 }
 
+# Keys of an entry of `datasets` by which Axolotl shuffles its rows, or takes some of them, and the value without which it does not.
+DATASET_MOVES = {"shards": None, "preprocess_shards": None, "weight": None}
+
 
 class ICAArgs(BaseModel):
     """What the plugin adds to Axolotl's schema."""
@@ -73,3 +76,18 @@ def refuse_unsupported(cfg: DictDefault) -> None:
     for key, why in UNSUPPORTED_KEYS.items():
         if cfg[key]:
             raise ICAError(f"{key} is not supported by ica_plugin: {why}.")
+
+
+def moved_rows(cfg: DictDefault) -> str:
+    """Why the train rows do not stand as in the data file, and without which keys they do; "" where they do."""
+    reasons = []
+    if cfg.shuffle_merged_datasets or cfg.shuffle_before_merging_datasets or cfg.val_set_size:
+        reasons.append("Axolotl shuffles them (not with `shuffle_merged_datasets: false` and `val_set_size: 0`)")
+    found = [key for key, neutral in DATASET_MOVES.items() if any(one.get(key) not in (neutral, 1) for one in cfg.datasets or [])]
+    if found:
+        reasons.append(
+            f"Axolotl takes a shuffled part of the data (not without {', '.join(f'`datasets[].{key}`' for key in found)})"
+        )
+    if cfg.dataset_shard_num:
+        reasons.append("Axolotl takes a part of the data (not without `dataset_shard_num`)")
+    return "; ".join(reasons)

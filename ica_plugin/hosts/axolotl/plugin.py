@@ -9,7 +9,7 @@ from axolotl.utils.dict import DictDefault
 
 from ...run.attach import attach_examples
 from ...versions import warn_if_untested
-from .args import config_of, refuse_unsupported
+from .args import config_of, moved_rows, refuse_unsupported
 from .holdout import AxolotlHoldout
 
 
@@ -28,15 +28,8 @@ class ICAPlugin(BasePlugin):
         refuse_unsupported(cfg)
         config = config_of(cfg)
         read_holdout = AxolotlHoldout(cfg, trainer.processing_class, trainer)
-        attach_examples(trainer, config, read_holdout=read_holdout, moved_rows=_moved_rows(cfg))
+        attach_examples(trainer, config, read_holdout=read_holdout, moved_rows=moved_rows(cfg))
         _shorten(trainer.args, cfg, config.epoch_share)
-
-
-def _moved_rows(cfg: DictDefault) -> str:
-    """Why the train rows do not stand as in the data file; "" where they do."""
-    if not (cfg.shuffle_merged_datasets or cfg.shuffle_before_merging_datasets or cfg.val_set_size):
-        return ""
-    return "Axolotl shuffles them (not with `shuffle_merged_datasets: false` and `val_set_size: 0`)"
 
 
 def _shorten(args: Any, cfg: DictDefault, share: float) -> None:

@@ -6,11 +6,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from axolotl.utils.schemas.datasets import SFTDataset
 from typer.testing import CliRunner
 
 import processes
 import tiny
-from harness import build, write_config
+from harness import SFT, build, write_config
 from ica_plugin.run.callback import ICACallback
 from ica_plugin.tools.cli import app
 from ica_plugin.tools.row_text import RowText
@@ -54,6 +55,39 @@ def test_score_then_select(tmp_path, tiny_model):
     run("select", out, "--data", tmp_path / "train.jsonl", "--keep", "0.25", "--out", tmp_path / "best.jsonl")
     best = sorted(source[np.argsort(-table["score"].to_numpy())[:3]])
     assert (tmp_path / "best.jsonl").read_text().splitlines() == [lines[i] for i in best]
+
+
+PARTS = {
+    "shards": {"datasets": {"shards": 2, "shards_idx": 1}},
+    "preprocess_shards": {"datasets": {"preprocess_shards": 3}},
+    "dataset_shard_num": {"dataset_shard_num": 3, "dataset_shard_idx": 1},
+    **({"weight": {"datasets": {"weight": 0.5}}} if "weight" in SFTDataset.model_fields else {}),  # Axolotl 0.21
+}
+
+
+@pytest.mark.parametrize("key", PARTS)
+def test_a_part_of_the_data_is_selected_from_by_its_places_and_given_weights_are_refused(tmp_path, tiny_model, key):
+    rows = tiny.sft_rows(12, seed=1)
+    changes = {name: value for name, value in PARTS[key].items() if name != "datasets"}
+    entry = {"path": str(tmp_path / "train.jsonl"), **SFT, **PARTS[key].get("datasets", {})}
+    settings = {**LORA, **changes, "datasets": [entry], "shuffle_merged_datasets": False}
+    config = write_config(tmp_path, tiny_model, "sft", rows, tiny.sft_rows(6, seed=9), {"k": 2}, **settings)
+    out = tmp_path / "scores.parquet"
+    run("score", config, "--out", out)
+    table = pq.read_table(out)
+    assert table.num_rows == {"shards": 6, "preprocess_shards": 12, "dataset_shard_num": 4, "weight": 6}[key]
+    tokenizer, source = tiny.make_tokenizer(), table["source"].to_numpy()
+    assert list(source) != list(range(len(source))) and len(set(source)) == len(source)
+    for place, tokens in zip(source, table["tokens"].to_pylist(), strict=True):
+        assert tokens - len(tokenizer(rows[place]["messages"][-1]["content"])["input_ids"]) in (1, 2)
+    run("select", out, "--data", tmp_path / "train.jsonl", "--keep", "0.5", "--out", tmp_path / "best.jsonl")
+    best = sorted(source[np.argsort(-table["score"].to_numpy())[: len(source) // 2]])
+    assert [json.loads(line) for line in (tmp_path / "best.jsonl").read_text().splitlines()] == [rows[i] for i in best]
+    # Weights that count the rows of the file are not the trainer's.
+    (tmp_path / "w.csv").write_text("row,weight\n" + "".join(f"{row},1\n" for row in range(table.num_rows)))
+    given = write_config(tmp_path, tiny_model, "sft", rows, rows[:2], {"weights": str(tmp_path / "w.csv")}, **settings)
+    result = CliRunner().invoke(app, ["validate", str(given)])
+    assert result.exit_code == 1 and f"{key}`" in result.output and "do not stand as in the data file" in result.output
 
 
 def test_score_pairs_and_a_full_finetune(tmp_path, tiny_model):

@@ -138,7 +138,7 @@ def message_of_refusal(settings) -> str:
 
 def test_weights_file_with_a_missing_row(config, tmp_path):
     (tmp_path / "weights.csv").write_text("row,weight\n0,1.0\n1,0.5\n")
-    text = message_of(config(ica={"weights": str(tmp_path / "weights.csv")}))
+    text = message_of(config(ica={"weights": str(tmp_path / "weights.csv")}, shuffle_merged_datasets=False))
     assert "4 of 6 train rows have no weight, first 2" in text
 
 

@@ -1,5 +1,8 @@
 """transformers' and TRL's own trainer classes with `ica_plugin.attach`."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -8,6 +11,7 @@ import trl
 from datasets import Dataset
 from packaging.version import Version
 
+import ica_plugin
 import tiny
 from checks import (
     callback_of,
@@ -21,6 +25,7 @@ from checks import (
     write_weights,
 )
 from ica_plugin import ICAConfig, ICAError, attach
+from ica_plugin.data.read import read_examples
 from trl_harness import Maker, kto_rows, pair_rows, sft_rows
 
 TRL_1 = Version(trl.__version__) >= Version("1.0")
@@ -205,13 +210,67 @@ def test_weights_are_an_array_or_a_file_or_a_column(make, tmp_path):
         assert table["score"].null_count == 8 and table["weight"].to_pylist() == weights and sum(table["draws"].to_pylist()) > 0
 
 
-def test_weights_of_packed_rows(make):
-    maker = make("sft", sft_rows(12), **PACKING)
-    bins = maker(ica=None).train_dataset["seq_lengths"]
-    assert sum(map(len, bins)) == 12 and len(bins) < 6
-    per_row = attach(maker(ica=None), weights=torch.arange(1.0, len(bins) + 1)).weights
-    assert per_row.tolist() == [float(i + 1) for i, lengths in enumerate(bins) for _ in lengths]
-    assert attach(maker(ica=None), weights=torch.arange(1.0, 13)).weights.tolist() == list(range(1, 13))
+def test_weights_that_count_the_rows_of_the_data_are_refused_where_trl_moves_them(make, tmp_path):
+    """Packing puts rows into packs by their lengths; before, 18 of 20 rows got the weight of another row."""
+    weights = np.arange(1.0, 13)
+    (tmp_path / "w.csv").write_text("row,weight\n" + "".join(f"{row},{weight}\n" for row, weight in enumerate(weights)))
+    for settings, why in ((PACKING, "packing=True"), *([({"shuffle_dataset": True}, "shuffle_dataset=True")] if TRL_1 else [])):
+        maker = make("sft", sft_rows(12), **settings)
+        for given in (weights, tmp_path / "w.csv"):
+            with pytest.raises(ICAError, match=f"they do not stand as in the data.*`{why}`"):
+                attach(maker(ica=None), weights=given)
+
+
+def test_a_column_of_weights_goes_where_its_row_goes(make):
+    """TRL drops the rows that its limit leaves without a supervised token, and shuffles what is left."""
+    rows = [{**row, "quality": 1.0 + i} for i, row in enumerate(sft_rows(12))]
+    rows[3]["prompt"] = rows[3]["prompt"] * 30  # as long as `max_length` by itself
+    maker = make("sft", rows, **({"shuffle_dataset": True} if TRL_1 else {}))
+    trainer = maker(ica=None)
+    with pytest.raises(ICAError, match="column"):
+        attach(maker(ica=None), weights=[1.0] * 11)
+    given = attach(trainer, weights="quality").weights.tolist()
+    tokenizer = tiny.make_tokenizer()
+    by_tokens = {tuple(tokenizer(row["prompt"] + row["completion"])["input_ids"]): row["quality"] for row in rows}
+    found = [
+        (by_tokens.get(tuple(tokens[:-1])), weight)
+        for tokens, weight in zip(trainer.train_dataset["input_ids"], given, strict=True)
+    ]
+    assert len(found) == (11 if TRL_1 else 12)
+    whole = [pair for pair in found if pair[0] is not None]
+    assert len(whole) == 11 and all(quality == weight for quality, weight in whole)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_the_recipe_in_the_docs_picks_the_rows_that_it_scored_best(make, tmp_path, monkeypatch, kind):
+    """TRL drops a row, and shuffles the others where it can: a row's number is not its place in the data."""
+    rows = sft_rows(12) if kind == "sft" else pair_rows(12)
+    for row in rows[2:4]:
+        long = row["prompt"] if kind == "sft" else row["prompt"][0]["content"]
+        row["prompt"] = long * 30 if kind == "sft" else [{"role": "user", "content": long * 30}]
+    maker = make(kind, rows, **({"shuffle_dataset": True} if TRL_1 and kind == "sft" else {}))
+    text = (Path(__file__).parents[3] / "docs" / "trl.md").read_text()
+    recipe = next(block for block in re.findall("```python\n(.*?)```", text, re.S) if "best" in block)
+    assert "[:1000]" in recipe
+    trainers = []
+
+    def build(model, args, train_dataset):
+        maker.rows = train_dataset.to_list()
+        trainers.append(maker(ica=None, max_steps=1))
+        return trainers[-1]
+
+    tiny.write_jsonl(tmp_path / "holdout.jsonl", maker.holdout)
+    monkeypatch.chdir(tmp_path)
+    known = {"dataset": Dataset.from_list(rows), "model": None, "args": None, "ica_plugin": ica_plugin, "torch": torch}
+    exec(recipe.replace("[:1000]", "[:4]"), known | {"SFTTrainer": build})
+    scored, chosen = trainers[0], trainers[1]
+    if TRL_1:
+        assert len(scored.train_dataset) == 10
+    callback = callback_of(scored)
+    best = callback.scores.nan_to_num(-torch.inf).argsort(descending=True)[:4].tolist()
+    tokens = [callback.train[row].demonstration.tokens.tolist() for row in best]
+    again = read_examples(chosen.train_dataset, chosen.data_collator)
+    assert sorted(example.demonstration.tokens.tolist() for example in again) == sorted(tokens)
 
 
 @pytest.mark.parametrize(
