@@ -29,7 +29,8 @@ def rows(n: int = 24, seed: int = 0, demonstrations: int = 4) -> list[Sequence]:
     """Base and context sequences of n rows that share a template and draw two of a few demonstrations."""
     rng = np.random.default_rng(seed)
     template = rng.integers(3, 512, size=4)
-    shown = [np.concatenate([template, rng.integers(3, 512, size=rng.integers(8, 20))]) for _ in range(demonstrations)]
+    context = [np.concatenate([template, rng.integers(3, 512, size=rng.integers(8, 20))]) for _ in range(demonstrations)]
+    shown = [Sequence(tokens, np.zeros(len(tokens), bool)) for tokens in context]
     sequences = []
     for _ in range(n):
         tokens = np.concatenate([template, rng.integers(3, 512, size=rng.integers(3, 16))])

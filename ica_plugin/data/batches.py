@@ -11,8 +11,6 @@ import torch
 from ..errors import ICAError
 from .store import Example, Sequence
 
-MULTIMODAL_KEYS = ("pixel_values", "pixel_values_videos", "input_features", "image_grid_thw", "images")
-
 
 def examples_from_batch(batch: Mapping[str, Any], rows: int) -> list[Example]:
     """Take a collated batch apart.
@@ -27,13 +25,8 @@ def examples_from_batch(batch: Mapping[str, Any], rows: int) -> list[Example]:
         rows: number of rows that went in.
 
     Raises:
-        ICAError: unknown layout, or multimodal rows.
+        ICAError: unknown layout.
     """
-    present = [key for key in MULTIMODAL_KEYS if batch.get(key) is not None]
-    if present:
-        raise ICAError(
-            f"the training rows are multimodal (`{present[0]}`), which ica_plugin cannot score yet. Remove the `ica:` block."
-        )
     if "chosen_labels" in batch:
         chosen = _masked(batch["chosen_input_ids"], batch["chosen_labels"] != -100, batch.get("chosen_attention_mask"))
         rejected = _masked(batch["rejected_input_ids"], batch["rejected_labels"] != -100, batch.get("rejected_attention_mask"))

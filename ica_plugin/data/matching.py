@@ -51,6 +51,11 @@ def places_of_rows(batch: Mapping[str, Any], expected: list[Example]) -> np.ndar
         order = _unambiguous([[_parts(row, other, part) for other in expected] for row in found])
     if order is None:
         order = _line_by_line(batch, found, expected, part)
+    if order is not None and order is not in_order and len(set(contents)) < len({_shown(row) for row in expected}):
+        raise ICAError(
+            f"a batch of {len(expected)} rows came out of the collator in another order, and some of them differ in their images alone, "
+            "which a batch does not tell apart. Use a collator that keeps the order."
+        )
     if order is None:
         raise ICAError(
             f"a batch of {len(expected)} rows came out of the collator with other tokens than the rows have one by one, so weights "
@@ -62,6 +67,10 @@ def places_of_rows(batch: Mapping[str, Any], expected: list[Example]) -> np.ndar
 
 def _content(*sequences: Sequence, desirable: bool = True) -> tuple:
     return (desirable, *((s.tokens.astype(np.int64).tobytes(), s.scored.tobytes()) for s in sequences))
+
+
+def _shown(row: Example) -> tuple:
+    return (*_content(*row.sequences, desirable=row.desirable), *(sequence.digest for sequence in row.sequences))
 
 
 def _by_content(found: list[tuple], expected: list[tuple]) -> np.ndarray | None:

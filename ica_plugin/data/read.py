@@ -7,14 +7,16 @@ truncation, the same label mask, the same column names, whatever the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..errors import ICAError
 from .batches import examples_from_batch
+from .media import MEDIA_COLUMNS, Media, MediaSource
 from .packing import packed_lengths, unpacked
-from .store import Rows, RowsBuilder
+from .store import Example, Rows, RowsBuilder
 
 Collator = Callable[[list[dict]], Mapping[str, Any]]
 
@@ -25,8 +27,7 @@ def read_examples(dataset: Any, collator: Collator) -> Rows:
     A row into which the host packed several examples gives one `Example` for each, in order.
 
     Args:
-        dataset: rows in the columns that the trainer holds; text columns are dropped, since collators do not
-            take them.
+        dataset: rows in the columns that the trainer holds; see `without_text_columns`.
         collator: the trainer's own.
 
     Raises:
@@ -34,15 +35,26 @@ def read_examples(dataset: Any, collator: Collator) -> Rows:
     """
     refuse_transform(dataset, "the dataset")
     dataset = without_text_columns(dataset)
-    rows = RowsBuilder()
+    rows, source = RowsBuilder(), MediaSource(dataset, collator)
     for index, row in enumerate(dataset):
         try:
             batch = collator([dict(row)])
             lengths = packed_lengths(row)
-            rows.extend(examples_from_batch(_with_mask(batch, row), rows=1) if lengths is None else unpacked(batch, lengths))
+            examples = examples_from_batch(_with_mask(batch, row), rows=1) if lengths is None else unpacked(batch, lengths)
+            if media := source.media(index, row, batch):
+                examples = [_showing(examples, media)]
+            rows.extend(examples)
         except ICAError as error:
             raise ICAError(f"row {index}: {error}") from None
     return rows.build()
+
+
+def _showing(examples: list[Example], media: list[Media]) -> Example:
+    """The example of a row with what it shows."""
+    if len(examples) > 1:
+        raise ICAError("the host packed rows with images into one, which ica_plugin cannot take apart. Switch packing off.")
+    sequences = [replace(sequence, media=((0, each),)) for sequence, each in zip(examples[0].sequences, media, strict=True)]
+    return replace(examples[0], sequences=tuple(sequences))
 
 
 def _with_mask(batch: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -80,9 +92,13 @@ def refuse_transform(dataset: Any, what: str) -> None:
 
 
 def without_text_columns(dataset: Any) -> Any:
-    """The dataset with its numeric columns (numbers and lists of numbers) alone, which is what collators take."""
+    """The dataset in the columns that its collator takes.
+
+    Of tokenised rows these are the numeric ones (numbers and lists of numbers) and those of media; rows without tokens, which the
+    collator makes of text and images, keep all.
+    """
     features = getattr(dataset, "features", None)
-    if not features:
+    if not features or not any(name.endswith("input_ids") for name in features):
         return dataset
 
     def numeric(feature: Any) -> bool:
@@ -92,4 +108,4 @@ def without_text_columns(dataset: Any) -> Any:
         # A column of nothing but nulls (LLaMA-Factory's `images` of text rows) is one that the collator may ask for.
         return isinstance(dtype, str) and dtype.startswith(("int", "uint", "float", "bool", "null"))
 
-    return dataset.select_columns([name for name, feature in features.items() if numeric(feature)])
+    return dataset.select_columns([name for name, feature in features.items() if name in MEDIA_COLUMNS or numeric(feature)])

@@ -6,13 +6,14 @@ import collections.abc
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, overload
 
 import numpy as np
 
 from ..errors import ICAError
+from .media import Media
 
 Kind = Literal["sft", "pair", "unpaired"]
 
@@ -28,10 +29,17 @@ class Sequence:
         tokens: int64 [T].
         scored: bool [T]; True where the host's loss supervises the token. Position 0 is never scored,
             since nothing predicts it.
+        media: what its tokens show, with the token at which the row that shows it begins.
     """
 
     tokens: np.ndarray
     scored: np.ndarray
+    media: tuple[tuple[int, Media], ...] = ()
+
+    @property
+    def unscored(self) -> Sequence:
+        """The same with nothing scored, so that all of it is prompt."""
+        return replace(self, scored=np.zeros(len(self.tokens), bool))
 
     @property
     def prompt(self) -> np.ndarray:
@@ -41,8 +49,9 @@ class Sequence:
 
     @property
     def digest(self) -> str:
-        """A hash of the tokens (as int64): equal rows have equal digests, whatever type holds the tokens."""
-        return hashlib.blake2b(np.ascontiguousarray(self.tokens, np.int64).tobytes(), digest_size=16).hexdigest()
+        """A hash of the tokens (as int64) and of what they show: equal rows have equal digests, whatever type holds the tokens."""
+        shown = b"".join(media.digest for _, media in self.media)
+        return hashlib.blake2b(np.ascontiguousarray(self.tokens, np.int64).tobytes() + shown, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class Rows(collections.abc.Sequence[Example]):
         starts: int64 [sequences + 1], where each sequence begins; a pair is two of them, chosen then rejected.
         kind: of every row; "sft" where there are none.
         desirable: bool [rows].
+        media: of each sequence, see `Sequence`; None where none shows anything.
         picked: int64 [n], the rows of the arrays that these are; None: all.
     """
 
@@ -103,11 +113,12 @@ class Rows(collections.abc.Sequence[Example]):
         starts: np.ndarray,
         kind: Kind,
         desirable: np.ndarray,
+        media: list[tuple[tuple[int, Media], ...]] | None = None,
         picked: np.ndarray | None = None,
     ):
         self._tokens, self._scored, self._starts, self._desirable = tokens, scored, starts, desirable
         self.kind: Kind = kind
-        self._picked = picked
+        self._media, self._picked = media, picked
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> Rows:
@@ -136,7 +147,7 @@ class Rows(collections.abc.Sequence[Example]):
             if isinstance(index, list):
                 index = np.array(index, np.int64)
             at = np.arange(len(self._desirable)) if self._picked is None else self._picked
-            return Rows(self._tokens, self._scored, self._starts, self.kind, self._desirable, at[index])
+            return Rows(self._tokens, self._scored, self._starts, self.kind, self._desirable, self._media, at[index])
         row = index.__index__()
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
@@ -156,7 +167,13 @@ class Rows(collections.abc.Sequence[Example]):
     def _sequence(self, index: int) -> Sequence:
         here = slice(int(self._starts[index]), int(self._starts[index + 1]))
         # int64 is what torch takes as an index, and what `random` hashes.
-        return Sequence(self._tokens[here].astype(np.int64), np.asarray(self._scored[here]))
+        media = self._media[index] if self._media else ()
+        return Sequence(self._tokens[here].astype(np.int64), np.asarray(self._scored[here]), media)
+
+    @property
+    def has_media(self) -> bool:
+        """Whether any of the rows shows images or videos."""
+        return self._media is not None
 
     def _of_rows(self, by_sequence: np.ndarray) -> np.ndarray:
         """[n, sides]: a fact of each sequence of the arrays, for these rows."""
@@ -214,7 +231,7 @@ class Rows(collections.abc.Sequence[Example]):
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all rows in their order: tokens, masks, what is desirable. Equal rows give equal digests, however they are held."""
+        """A hash of all rows in order: tokens, masks, images, what is desirable; equal rows give equal ones, however they are held."""
         tokens, scored = (hashlib.blake2b(digest_size=16) for _ in range(2))
         for flat in self._blocks():
             tokens.update(np.ascontiguousarray(self._tokens[flat], "<i4").data)
@@ -222,6 +239,8 @@ class Rows(collections.abc.Sequence[Example]):
         whole = hashlib.blake2b(digest_size=16)
         for part in (self.kind.encode(), tokens.digest(), scored.digest(), self.lengths.astype("<i8"), self.desirable):
             whole.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else part)
+        if self._media:
+            whole.update("".join(sequence.digest for row in self for sequence in row.sequences).encode())
         return whole.hexdigest()
 
     def _blocks(self) -> Iterator[slice]:
@@ -242,6 +261,7 @@ class RowsBuilder:
     def __init__(self):
         self._tokens, self._scored, self._starts = array("i"), bytearray(), array("q", [0])
         self._desirable = bytearray()
+        self._media: list[tuple[tuple[int, Media], ...]] = []
         self._kind: Kind | None = None
 
     def extend(self, examples: Iterable[Example]) -> None:
@@ -258,6 +278,7 @@ class RowsBuilder:
                 self._tokens.frombytes(np.ascontiguousarray(sequence.tokens, np.int32).tobytes())
                 self._scored += np.ascontiguousarray(sequence.scored, bool).tobytes()
                 self._starts.append(len(self._tokens))
+                self._media.append(sequence.media)
             self._desirable.append(example.desirable)
 
     def build(self) -> Rows:
@@ -268,6 +289,7 @@ class RowsBuilder:
             np.frombuffer(self._starts, np.int64),
             self._kind or "sft",
             np.frombuffer(self._desirable, bool),
+            self._media if any(self._media) else None,
         )
 
 

@@ -90,6 +90,10 @@ class Engine:
             )
         return self._chosen
 
+    def path_for(self, sequences: list[Sequence]) -> Path:
+        """The path of these sequences: the padded one where any shows images, which trees know nothing of."""
+        return self.padded if any(sequence.media for sequence in sequences) else self.path
+
     def logprobs(self, sequences: list[Sequence], progress: Progress = lambda done: None) -> np.ndarray:
         """Summed log-prob of each sequence's scored tokens.
 
@@ -104,7 +108,7 @@ class Engine:
             ICAError: a single sequence does not fit the memory.
         """
         result = np.zeros(len(sequences))
-        path, whole = self.path, True
+        path, whole = self.path_for(sequences), True
 
         def sums(index: list[int]) -> list[float]:
             return [float(value.astype(np.float64).sum()) for value in path.token_logprobs([sequences[i] for i in index])]
@@ -114,35 +118,38 @@ class Engine:
             result[index] = sums(index)
             bad = np.array(index)[~np.isfinite(result[index])]
             if whole and len(bad) == len(index):
-                self._stop_if_broken(len(sequences), sums)
+                _stop_if_broken(len(sequences), sums)
                 whole = False  # asked once
             if len(index) > 1:
                 # A NaN reaches its neighbours in the forward through masked attention, as 0 × NaN: each row by itself.
                 for i in bad:
                     result[[i]] = sums([i])
 
-        self._in_batches([s.tokens for s in sequences], np.array([int(s.scored.sum()) for s in sequences]), work, progress)
+        predictions = np.array([int(s.scored.sum()) for s in sequences])
+        self._in_batches(path, [s.tokens for s in sequences], predictions, work, progress)
         return result
 
-    def embeddings(self, prompts: list[np.ndarray], progress: Progress = lambda done: None) -> np.ndarray:
-        """Position-weighted mean of the last hidden states of each prompt (position t has weight t, from 1, so that
+    def embeddings(self, sequences: list[Sequence], progress: Progress = lambda done: None) -> np.ndarray:
+        """Position-weighted mean of the last hidden states of each sequence's prompt (position t has weight t, from 1, so that
         later tokens, which have seen more, count more: as in SGPT, arXiv 2202.08904).
 
         Args:
-            prompts: n token arrays.
+            sequences: n sequences; one of which nothing is scored is all prompt.
             progress: called with the number of prompts done.
 
         Returns:
             float32 [n, H].
         """
-        result: list[np.ndarray] = [np.empty(0)] * len(prompts)
-        path = self.path
+        result: list[np.ndarray] = [np.empty(0)] * len(sequences)
+        path = self.path_for(sequences)
+        # Images may stand behind the prompt: such a row is seen whole, and its prompt alone is pooled.
+        seen = [s.tokens if s.media else s.prompt for s in sequences]
 
         def work(index: list[int]) -> None:
-            for i, vector in zip(index, path.embeddings([prompts[i] for i in index]), strict=True):
+            for i, vector in zip(index, path.embeddings([sequences[i] for i in index]), strict=True):
                 result[i] = vector
 
-        self._in_batches(prompts, np.zeros(len(prompts), int), work, progress)
+        self._in_batches(path, seen, np.zeros(len(sequences), int), work, progress)
         return np.stack(result)
 
     def beside(self, model: nn.Module) -> Engine:
@@ -163,10 +170,15 @@ class Engine:
         return min(seconds)
 
     def _in_batches(
-        self, sequences: list[np.ndarray], predictions: np.ndarray, work: Callable[[list[int]], None], progress: Progress
+        self,
+        path: Path,
+        sequences: list[np.ndarray],
+        predictions: np.ndarray,
+        work: Callable[[list[int]], None],
+        progress: Progress,
     ) -> None:
         def plan(index: list[int]) -> deque[list[int]]:
-            batches = self.path.split([sequences[i] for i in index], predictions[index], self.budget)
+            batches = path.split([sequences[i] for i in index], predictions[index], self.budget)
             return deque([index[i] for i in batch] for batch in batches)
 
         batches = plan(list(range(len(sequences))))
@@ -184,17 +196,6 @@ class Engine:
                     batches = plan([i for batch in batches for i in batch])
                     continue
                 progress(len(batches.popleft()))
-
-    def _stop_if_broken(self, n: int, sums: Callable[[list[int]], list[float]]) -> None:
-        """Raise ICAError where a few sequences from all over, each by itself, have no finite log-prob: none will."""
-        some = np.random.default_rng(0).permutation(n)[:BROKEN_AFTER]
-        if n < BROKEN_AFTER or any(np.isfinite(sums([i])[0]) for i in some):
-            return
-        raise ICAError(
-            f"the log-probs of a whole batch, and of {BROKEN_AFTER} of {n} sequences each by itself, are NaN or infinite, which means that "
-            "the policy itself is broken. Check the loss of the plain run: a learning rate too high and float16 overflow are the "
-            "usual causes."
-        )
 
     def _halve(self, lengths: list[int]) -> None:
         if len(lengths) == 1:
@@ -225,3 +226,15 @@ class Engine:
                 inside.enter_context(checkpointing(self._layers))
             with torch.set_grad_enabled(gradient):
                 yield
+
+
+def _stop_if_broken(n: int, sums: Callable[[list[int]], list[float]]) -> None:
+    """Raise ICAError where a few sequences from all over, each by itself, have no finite log-prob: none will."""
+    some = np.random.default_rng(0).permutation(n)[:BROKEN_AFTER]
+    if n < BROKEN_AFTER or any(np.isfinite(sums([i])[0]) for i in some):
+        return
+    raise ICAError(
+        f"the log-probs of a whole batch, and of {BROKEN_AFTER} of {n} sequences each by itself, are NaN or infinite, which means that "
+        "the policy itself is broken. Check the loss of the plain run: a learning rate too high and float16 overflow are the "
+        "usual causes."
+    )

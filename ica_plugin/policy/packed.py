@@ -108,9 +108,9 @@ class PackedPath:
         values = label_logprobs(logits, at, labels).cpu().numpy()
         return np.split(values, np.cumsum([len(at) for at in positions])[:-1])
 
-    def embeddings(self, prompts: list[np.ndarray]) -> np.ndarray:
+    def embeddings(self, sequences: list[Sequence]) -> np.ndarray:
         """float32 [n, H]: see `Engine.embeddings`. Prompts in the order of `split`."""
-        tree = grow(prompts)
+        tree = grow([sequence.prompt for sequence in sequences])
         hidden = self._forward(self._decoder, tree).last_hidden_state[0].float()
         pooled = []
         for path in tree.paths:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..data.media import joined_tensors
 from ..data.store import Sequence
 from .decoder import decoder_of
 from .logits import label_logprobs
@@ -33,7 +34,10 @@ class PaddedPath:
         self._autocast = autocast
         self._decoder = decoder_of(base)
         self._device = device
-        self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._config = base.config
+        takes = inspect.signature(base.forward).parameters
+        self._keeps_logits = "logits_to_keep" in takes
+        self._takes_types = "mm_token_type_ids" in takes
 
     def split(self, sequences: list[np.ndarray], predictions: np.ndarray, budget: Budget) -> list[list[int]]:
         """Indices sorted by length, longest first, in batches of at most `budget.tokens` padded tokens.
@@ -66,7 +70,7 @@ class PaddedPath:
         if len(columns) == 0:
             return [torch.zeros(0)] * len(sequences)
         keep = {"logits_to_keep": columns - 1} if self._keeps_logits else {}
-        logits = self._forward(self._model, tokens, attention, **keep).logits
+        logits = self._forward(self._model, tokens, attention, **self._media(sequences, tokens), **keep).logits
         if not self._keeps_logits:
             logits = logits[:, columns.to(logits.device) - 1]
         values = []
@@ -75,14 +79,41 @@ class PaddedPath:
             values.append(label_logprobs(logits[i], kept.to(logits.device), tokens[i, columns[kept]].to(logits.device)))
         return values
 
-    def embeddings(self, prompts: list[np.ndarray]) -> np.ndarray:
+    def embeddings(self, sequences: list[Sequence]) -> np.ndarray:
         """float32 [n, H]: see `Engine.embeddings`."""
-        tokens, attention = _pad(prompts)
-        hidden = self._forward(self._decoder, tokens, attention).last_hidden_state.float()
-        weight = (attention.cumsum(dim=1) * attention).float().to(hidden.device)
+        tokens, attention = _pad([s.tokens if s.media else s.prompt for s in sequences])
+        media = self._media(sequences, tokens)
+        hidden = self._last_hidden_state(tokens, attention, media).float()
+        pooled_over = torch.arange(tokens.shape[1])[None] < torch.tensor([[len(s.prompt)] for s in sequences])
+        weight = (attention.cumsum(dim=1) * pooled_over).float().to(hidden.device)
         # A product and a sum: a matrix product would be in half precision within an autocast region of the caller's.
         pooled = (weight[..., None] * hidden).sum(1) / weight.sum(1, keepdim=True)
         return pooled.cpu().numpy()
+
+    def _last_hidden_state(self, tokens: torch.Tensor, attention: torch.Tensor, media: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not media:
+            return self._forward(self._decoder, tokens, attention).last_hidden_state
+        # The decoder alone sees no image: the whole model runs, and what comes out of its decoder is taken.
+        seen: list[torch.Tensor] = []
+        handle = self._decoder.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+        keep = {"logits_to_keep": 1} if self._keeps_logits else {}
+        try:
+            self._forward(self._model, tokens, attention, **media, **keep)
+        finally:
+            handle.remove()
+        return seen[-1]
+
+    def _media(self, sequences: list[Sequence], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a forward over these sequences, padded to `tokens` [B, T], takes beside tokens; empty for text."""
+        media = joined_tensors([s.media for s in sequences], tokens.shape[1])
+        if media and self._takes_types and "mm_token_type_ids" not in media:
+            # LLaMA-Factory gives positions in their place, which do not hold behind demonstrations.
+            types = torch.zeros_like(tokens)
+            for kind, name in ((1, "image_token_id"), (2, "video_token_id")):
+                if (token := getattr(self._config, name, None)) is not None:
+                    types[tokens == token] = kind
+            media["mm_token_type_ids"] = types
+        return {key: value.to(self._device) for key, value in media.items()}
 
     def _forward(self, module: nn.Module, tokens: torch.Tensor, attention: torch.Tensor, **kwargs: Any) -> Any:
         inputs = {"input_ids": tokens.to(self._device), "attention_mask": attention.to(self._device)}

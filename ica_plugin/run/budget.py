@@ -10,10 +10,11 @@ import numpy as np
 
 from ..config import ICAConfig
 from ..data.holdout import Holdout
-from ..data.store import Rows
+from ..data.store import Rows, Sequence
 from ..log import get_logger
 from ..policy.engine import Engine
 from ..weighting.neighbours import Neighbours, row_features
+from ..weighting.retrieval import Embed
 from ..weighting.weights import Weights
 from .scoring import Scoring
 
@@ -27,9 +28,6 @@ STEPS_TO_MEASURE = 5
 
 # Rows are planned to take this share of what is left, since their cost is an estimate.
 CAUTION = 0.9
-
-
-Embed = Callable[[list[np.ndarray]], np.ndarray]
 
 
 class Budgeted:
@@ -63,7 +61,7 @@ class Budgeted:
         self._rows_per_step, self._micro_batch = rows_per_step, micro_batch
         self._row_guess = 0.0
         self._offset = 0
-        self._vectors: dict[bytes, np.ndarray] = {}
+        self._vectors: dict[tuple[bytes, ...], np.ndarray] = {}
 
     def score(
         self,
@@ -120,12 +118,13 @@ class Budgeted:
         self._neighbours.add(rows[scored], columns["score"][scored], neutral[scored])
         return self._neighbours.weigh(rows)
 
-    def embed(self, prompts: list[np.ndarray], embeddings: Embed) -> np.ndarray:
-        """`embeddings` of the prompts, each computed once in a run."""
-        new = {prompt.tobytes(): prompt for prompt in prompts if prompt.tobytes() not in self._vectors}
+    def embed(self, sequences: list[Sequence], embeddings: Embed) -> np.ndarray:
+        """`embeddings` of the sequences' prompts, each computed once in a run."""
+        keys = [(s.prompt.tobytes(), *(media.digest for _, media in s.media)) for s in sequences]
+        new = {key: sequence for key, sequence in zip(keys, sequences, strict=True) if key not in self._vectors}
         if new:
             self._vectors.update(zip(new, embeddings(list(new.values())), strict=True))
-        return np.stack([self._vectors[prompt.tobytes()] for prompt in prompts])
+        return np.stack([self._vectors[key] for key in keys])
 
     def _set_up(self, engine: Engine) -> Neighbours:
         rows, allowance = self._train[self._scorable.nonzero()[0]], self.allowance
@@ -138,15 +137,15 @@ class Budgeted:
         context_tokens = self._config.k * demonstration_tokens * rows.lengths.shape[1]
         self._row_guess = max(seconds_per_token * (2 * row_tokens + context_tokens), 1e-9)
         if self._config.retrieval == "policy":
-            prompts = [self.holdout.examples[i].demonstration.prompt for i in shown]
+            demonstrations = [self.holdout.examples[i].demonstration for i in shown]
             # A quarter of the time at most goes into choosing demonstrations.
-            kept = affordable(prompts, seconds_per_token, allowance.whole / 4, self._config.k)
+            kept = affordable([each.prompt for each in demonstrations], seconds_per_token, allowance.whole / 4, self._config.k)
             if len(kept) < len(shown):
                 get_logger().info(
                     "ica.budget leaves time to look for demonstrations among %d of %d holdout rows.", len(kept), len(shown)
                 )
                 self.holdout = self.holdout.part([shown[i] for i in kept])
-            self.embed([prompts[i] for i in kept], engine.embeddings)
+            self.embed([demonstrations[i] for i in kept], engine.embeddings)
         features = row_features(engine.input_embeddings, self._train)
         neighbours = Neighbours(
             features,

@@ -64,7 +64,7 @@ def ica_scores(
         block = scored[start : start + ROWS_PER_BLOCK]
         flat: list[Sequence] = []
         for i in block:
-            shown = [holdout[d].demonstration.tokens for d in demonstrations[i]]
+            shown = [holdout[d].demonstration for d in demonstrations[i]]
             for sequence in examples[i].sequences:
                 flat += [sequence, in_context(sequence, shown)]
         values = iter(engine.logprobs(flat, progress))
@@ -84,10 +84,12 @@ def ica_scores(
     return Scores(base, context, score, alone)
 
 
-def in_context(sequence: Sequence, demonstrations: list[np.ndarray]) -> Sequence:
+def in_context(sequence: Sequence, demonstrations: list[Sequence]) -> Sequence:
     """The sequence after its demonstrations; only its own tokens are scored."""
-    context = np.concatenate([np.zeros(0, np.int64), *demonstrations])
+    parts = [*(demonstration.unscored for demonstration in demonstrations), sequence]
+    starts = np.cumsum([0, *(len(part.tokens) for part in parts)]).tolist()
     return Sequence(
-        np.concatenate([context, sequence.tokens]),
-        np.concatenate([np.zeros(len(context), bool), sequence.scored]),
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.scored for part in parts]),
+        tuple((start + at, media) for start, part in zip(starts, parts, strict=False) for at, media in part.media),
     )

@@ -42,9 +42,7 @@ def score(context: ScoringContext) -> np.ndarray:
             if len(context.examples[i].demonstration.tokens) + holdout[d].longest <= limit
         ]
         flat: list[Sequence] = [
-            in_context(sequence, [context.examples[i].demonstration.tokens])
-            for i, d in pairs
-            for sequence in holdout[d].sequences
+            in_context(sequence, [context.examples[i].demonstration]) for i, d in pairs for sequence in holdout[d].sequences
         ]
         if not pairs:
             continue

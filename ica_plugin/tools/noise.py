@@ -63,7 +63,7 @@ def _with_answer(sequence: Sequence, start: int, stop: int, answer: np.ndarray) 
     tokens = np.concatenate([sequence.tokens[:start], answer, sequence.tokens[stop - 1 :]])
     scored = np.concatenate([sequence.scored[:start], np.ones(len(answer), bool), sequence.scored[stop - 1 :]])
     scored[0] = False
-    return Sequence(tokens, scored)
+    return Sequence(tokens, scored, sequence.media)
 
 
 def _digit_tokens(tokenizer: Any) -> dict[int, list[int]]:

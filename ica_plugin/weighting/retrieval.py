@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import numpy as np
 
 from ..config import ICAConfig
 from ..data.holdout import Holdout
-from ..data.store import Example
+from ..data.store import Example, Sequence
 from ..errors import ICAError
 from ..log import get_logger
 
-Embed = Callable[[list[np.ndarray]], np.ndarray]
+Embed = Callable[[list[Sequence]], np.ndarray]
 
 
 Decode = Callable[[np.ndarray], str]
@@ -23,13 +24,13 @@ Decode = Callable[[np.ndarray], str]
 ROWS_PER_BLOCK = 4096
 
 
-def retrieve(train: Sequence[Example], holdout: Holdout, config: ICAConfig, **settings: Any) -> list[list[int]]:
+def retrieve(train: SequenceOf[Example], holdout: Holdout, config: ICAConfig, **settings: Any) -> list[list[int]]:
     """`retrieve_blocks`, all at once: for each of `rows`, indices into `holdout.examples`."""
     return [of_row for _, chosen in retrieve_blocks(train, holdout, config, **settings) for of_row in chosen]
 
 
 def retrieve_blocks(
-    train: Sequence[Example],
+    train: SequenceOf[Example],
     holdout: Holdout,
     config: ICAConfig,
     *,
@@ -54,7 +55,7 @@ def retrieve_blocks(
         rows: indices into `train` of the rows to serve.
         context: the model's context in tokens; holdout rows that do not fit before the row, beside more similar ones, are
             passed over. None: unlimited.
-        embed: prompts (token arrays) → float [n, H], the policy's pooled hidden states.
+        embed: sequences → float [n, H], the policy's hidden states pooled over their prompts.
         decode: tokens → text.
 
     Yields:
@@ -62,14 +63,14 @@ def retrieve_blocks(
     """
     shown = holdout.shown
     similarity = _similarity(config, embed, decode)
-    shown_prompts = [holdout.examples[i].demonstration.prompt for i in shown]
-    among = similarity(shown_prompts, shown_prompts)
+    demonstrations = [holdout.examples[i].demonstration for i in shown]
+    among = similarity(demonstrations, demonstrations)
     order = _canonical_order(among, config.k)
     prototypes = _prototypes(among, config.retrieval_groups) if config.retrieval_groups else None
     length = [len(holdout.examples[i].demonstration.tokens) for i in shown]
     for start in range(0, len(rows), ROWS_PER_BLOCK):
         block = rows[start : start + ROWS_PER_BLOCK]
-        scores = similarity([train[row].demonstration.prompt for row in block], shown_prompts)
+        scores = similarity([train[row].demonstration for row in block], demonstrations)
         if prototypes is not None:
             scores = among[prototypes[scores[:, prototypes].argmax(axis=1)]]
         chosen: list[list[int]] = []
@@ -130,22 +131,22 @@ def _prototypes(similarity: np.ndarray, count: int) -> np.ndarray:
 
 
 def _similarity(config: ICAConfig, embed: Embed, decode: Decode) -> Callable[..., np.ndarray]:
-    """A function (queries, keys) → float [queries, keys]; both are lists of token arrays."""
+    """A function (queries, keys) → float [queries, keys]; both are lists of sequences, compared by their prompts."""
     if config.retrieval == "random":
-        return lambda queries, keys: np.stack([_random_scores(query, len(keys), config.seed) for query in queries])
+        return lambda queries, keys: np.stack([_random_scores(query.prompt, len(keys), config.seed) for query in queries])
     if config.retrieval == "bm25":
-        return lambda queries, keys: _bm25([decode(q) for q in queries], [decode(key) for key in keys])
+        return lambda queries, keys: _bm25([decode(q.prompt) for q in queries], [decode(key.prompt) for key in keys])
     if config.retrieval == "policy":
         vectors = embed
     else:
         model = _sentence_transformer(config.retrieval)
 
-        def vectors(prompts: list[np.ndarray]) -> np.ndarray:
-            return model.encode([decode(prompt) for prompt in prompts], show_progress_bar=False)
+        def vectors(sequences: list[Sequence]) -> np.ndarray:
+            return model.encode([decode(sequence.prompt) for sequence in sequences], show_progress_bar=False)
 
-    cache: dict[int, tuple[list[np.ndarray], np.ndarray]] = {}
+    cache: dict[int, tuple[list[Sequence], np.ndarray]] = {}
 
-    def similarity(queries: list[np.ndarray], keys: list[np.ndarray]) -> np.ndarray:
+    def similarity(queries: list[Sequence], keys: list[Sequence]) -> np.ndarray:
         if id(keys) not in cache:
             cache[id(keys)] = (keys, np.asarray(vectors(keys), dtype=np.float64))
         keyed = cache[id(keys)][1]

@@ -19,7 +19,7 @@ import tiny
 from checks import callback_of, record_training_weights
 from ica_plugin import attach
 from ica_plugin.config import parse_config
-from ica_plugin.data.batches import examples_from_batch
+from ica_plugin.data.read import read_examples
 from ica_plugin.errors import ICAError
 from runs import ROWS, build, refreshes, run, tokenised
 
@@ -45,9 +45,10 @@ def row(tokens: list[int], supervised: int = 3) -> dict:
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
 
-def multimodal() -> None:
+def sound() -> None:
     ids = torch.ones(1, 4, dtype=torch.int64)
-    examples_from_batch({"input_ids": ids, "labels": ids, "pixel_values": torch.zeros(1, 3)}, rows=1)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": ids, "input_features": torch.zeros(1, 3)}
+    read_examples(Dataset.from_dict({"input_ids": [[1] * 4]}), lambda features: batch)
 
 
 def conversational_without_template(folder: Path) -> None:
@@ -118,7 +119,7 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "streaming or iterable dataset": lambda f: build(f, {}, train=tokenised(ROWS, 0).to_iterable_dataset(), max_steps=2),
     "FSDP": lambda f: sharded(f, DistributedType.FSDP),
     "DeepSpeed": lambda f: sharded(f, DistributedType.DEEPSPEED),
-    "multimodal rows": lambda f: multimodal(),
+    "rows with sound": lambda f: sound(),
     "masked language modelling": lambda f: masked(f),
     "encoder-decoder": lambda f: encoder_decoder(f),
     "several GPUs in one process": lambda f: data_parallel(f),

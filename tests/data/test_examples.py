@@ -95,11 +95,6 @@ def test_rows_are_read_through_the_collator_and_named_in_errors(tokenizer):
         read_examples(rows, lambda features: {"tokens": T([[1]])})
 
 
-def test_multimodal_rows_are_refused():
-    with pytest.raises(ICAError, match="multimodal .`pixel_values`."):
-        examples_from_batch({"input_ids": T([[1]]), "pixel_values": T([1.0])}, 1)
-
-
 def test_equal_rows_have_equal_digests():
     batch = {"input_ids": T([[1, 2], [1, 2], [1, 3]]), "attention_mask": torch.ones(3, 2), "labels": T([[-100, 2]] * 3)}
     first, second, third = examples_from_batch(batch, 3)

@@ -72,7 +72,7 @@ def test_indices_meet_hidden_states_where_they_are(path, spread):
     found = taken.token_logprobs([sequences[i] for i in order])
     expected = one_at_a_time(model, [sequences[i] for i in order])
     np.testing.assert_allclose([values.astype(float).sum() for values in found], expected, atol=2e-4)
-    prompts = sorted((s.tokens for s in sequences[:4]), key=lambda r: r.tolist())
+    prompts = sorted((s.unscored for s in sequences[:4]), key=lambda s: s.tokens.tolist())
     alone = Engine(model, device=CPU).padded.embeddings(prompts)
     np.testing.assert_allclose(taken.embeddings(prompts), alone, atol=1e-4)
 

@@ -89,7 +89,7 @@ def test_scoring_holds_no_tensor_afterwards(path):
     sequences = rows(4)
     before = held()
     engine.logprobs(sequences)
-    engine.embeddings([s.tokens for s in sequences])
+    engine.embeddings([s.unscored for s in sequences])
     assert held() <= before
 
 

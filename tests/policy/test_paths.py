@@ -174,8 +174,9 @@ def test_awkward_rows(path):
 @pytest.mark.parametrize("path", ["segments", "dense", "padded"])
 def test_embeddings(path):
     model = make_model().eval()
-    prompts = [s.tokens for s in rows(6)]
-    found = engine_with(model, path, budget=Budget(60, 60)).embeddings(prompts)
+    sequences = [s.unscored for s in rows(6)] + rows(3)
+    prompts = [s.prompt for s in sequences]
+    found = engine_with(model, path, budget=Budget(60, 60)).embeddings(sequences)
     for prompt, vector in zip(prompts, found, strict=True):
         with torch.no_grad():
             hidden = model.get_decoder()(input_ids=torch.from_numpy(prompt)[None]).last_hidden_state[0].double().numpy()
@@ -187,7 +188,7 @@ def test_path_is_logged_once(caplog):
     engine = Engine(make_model(), device=CPU)
     with listening(caplog):
         engine.logprobs(rows(2))
-        engine.embeddings([rows(1)[0].tokens])
+        engine.embeddings([rows(1)[0]])
         engine.logprobs(rows(2))
     assert caplog.text.count("scoring path") == 1
 

@@ -24,7 +24,7 @@ def test_scoring_leaves_training_untouched():
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     engine = Engine(model, device=CPU)
     engine.logprobs(rows(4))
-    engine.embeddings([s.tokens for s in rows(4)])
+    engine.embeddings([s.unscored for s in rows(4)])
     assert model.training and model.model.training and not model.lm_head.training
     assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
     assert torch.equal(torch.get_rng_state(), states[0])

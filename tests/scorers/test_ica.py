@@ -40,7 +40,7 @@ def test_scores_by_both_paths_are_the_formula(kind, length_normalize):
     for path in ("segments", "dense", "padded"):
         scores = ica_scores(engine_with(model, path), examples, demonstrations, holdout, length_normalize=length_normalize)
         for i, example in enumerate(examples):
-            shown = [holdout[d].demonstration.tokens for d in demonstrations[i]]
+            shown = [holdout[d].demonstration for d in demonstrations[i]]
             base, context = (
                 [one_at_a_time(model, [s])[0] / (s.scored.sum() if length_normalize else 1) for s in sequences]
                 for sequences in (example.sequences, [in_context(s, shown) for s in example.sequences])

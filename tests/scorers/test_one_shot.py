@@ -19,7 +19,7 @@ def test_one_shot(kind):
     model, holdout = context.engine.model, context.holdout.examples
     expected = [
         sign(row)
-        * np.mean([mean_logprob(model, holdout[d], [row.demonstration.tokens]) - mean_logprob(model, holdout[d]) for d in demos])
+        * np.mean([mean_logprob(model, holdout[d], [row.demonstration]) - mean_logprob(model, holdout[d]) for d in demos])
         for row, demos in zip(context.train, context.demonstrations, strict=True)
     ]
     np.testing.assert_allclose(score(context), expected, atol=1e-4)
@@ -31,7 +31,7 @@ def test_one_shot_leaves_out_holdout_rows_that_do_not_fit():
     fits, _ = context.demonstrations[0]
     context.limit = len(context.train[0].demonstration.tokens) + context.holdout.examples[fits].longest
     model, holdout = context.engine.model, context.holdout.examples
-    expected = mean_logprob(model, holdout[fits], [context.train[0].demonstration.tokens]) - mean_logprob(model, holdout[fits])
+    expected = mean_logprob(model, holdout[fits], [context.train[0].demonstration]) - mean_logprob(model, holdout[fits])
     assert score(context)[0] == pytest.approx(expected, abs=1e-4)
     again = make_context("one_shot")
     again.limit = 3

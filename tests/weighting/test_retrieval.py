@@ -19,9 +19,9 @@ def decode(tokens) -> str:
     return " ".join(WORDS[int(t)] for t in tokens)
 
 
-def embed(prompts) -> np.ndarray:
+def embed(sequences) -> np.ndarray:
     """A bag of tokens: a deterministic stand-in for hidden states."""
-    return np.stack([np.bincount(p, minlength=1000).astype(float) for p in prompts])
+    return np.stack([np.bincount(s.prompt, minlength=1000).astype(float) for s in sequences])
 
 
 HOLDOUT = [row([10, 11, 12]), row([20, 21, 22]), row([30, 31, 32]), row([10, 21, 32])]

@@ -14,9 +14,9 @@ def row(prompt, response=(3, 4)):
     return Example((Sequence(tokens, np.arange(len(tokens)) >= len(prompt)),), "sft")
 
 
-def vectors(prompts):
+def vectors(sequences):
     """Prompts are points on a circle, by their first token in degrees."""
-    angles = np.radians([prompt[0] for prompt in prompts])
+    angles = np.radians([s.prompt[0] for s in sequences])
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
@@ -47,7 +47,7 @@ def test_a_row_takes_the_set_of_a_near_prototype():
 
 def test_as_many_groups_as_holdout_rows_is_the_nearest_row_and_its_nearest():
     for train, demos in zip(TRAIN, chosen(TRAIN, HELD, groups=1000), strict=True):
-        nearest = int(np.argmax(vectors([train.sequences[0].tokens]) @ vectors([h.sequences[0].tokens for h in HELD]).T))
+        nearest = int(np.argmax(vectors([train.sequences[0]]) @ vectors([h.sequences[0] for h in HELD]).T))
         assert nearest in demos
 
 

@@ -92,12 +92,6 @@ def attach(trainer: Trainer, config: ICAConfig) -> ICACallback:
     run = next((c for c in trainer.callback_handler.callbacks if isinstance(c, ReporterCallback)), None)
     if run is None:
         raise ICAError("the trainer was not built by LLaMA-Factory's `run_exp`; use `ica_plugin.attach(trainer, …)` for it.")
-    for column in ("images", "videos", "audios"):
-        feature = getattr(trainer.train_dataset, "features", {}).get(column)
-        if feature is not None and getattr(feature, "dtype", None) != "null":
-            raise ICAError(
-                f"the training rows have `{column}`, and ica_plugin cannot score multimodal rows yet. Remove the `ica:` block."
-            )
     moved = _renumbering(vars(run.data_args))
     moved_rows = f"`{moved}` puts them elsewhere" if moved else ""
     return attach_examples(trainer, config, read_holdout=LlamaFactoryHoldout.of(trainer, run), moved_rows=moved_rows)

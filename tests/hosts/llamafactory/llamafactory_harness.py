@@ -31,13 +31,15 @@ def kto_rows(n: int, seed: int = 0) -> list[dict]:
 ROWS = {"sft": tiny.sft_rows, "kto": kto_rows}
 
 
-def dataset_entry(kind: str, file_name: str) -> dict[str, Any]:
-    """How dataset_info.json describes rows of this kind."""
+def dataset_entry(kind: str, file_name: str, images: bool = False) -> dict[str, Any]:
+    """How dataset_info.json describes rows of this kind, with a column of images or without."""
     entry: dict[str, Any] = {"file_name": file_name, "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": TAGS}
     if kind == "kto":
         entry["columns"]["kto_tag"] = "label"
     elif kind != "sft":
         entry |= {"ranking": True, "columns": {"messages": "messages", "chosen": "chosen", "rejected": "rejected"}}
+    if images:
+        entry["columns"]["images"] = "images"
     return entry
 
 
@@ -46,7 +48,8 @@ def write_data(folder: Path, kind: str, rows: list[dict], holdout: list[dict]) -
     folder.mkdir(parents=True, exist_ok=True)
     tiny.write_jsonl(folder / "train.jsonl", rows)
     tiny.write_jsonl(folder / "holdout.jsonl", holdout)
-    info = {"train": dataset_entry(kind, "train.jsonl"), "good": dataset_entry(kind, "holdout.jsonl")}
+    images = "images" in rows[0]
+    info = {"train": dataset_entry(kind, "train.jsonl", images), "good": dataset_entry(kind, "holdout.jsonl", images)}
     (folder / "dataset_info.json").write_text(json.dumps(info))
 
 

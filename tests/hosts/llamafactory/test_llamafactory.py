@@ -18,7 +18,7 @@ from checks import (
 )
 from ica_plugin.config import parse_config
 from ica_plugin.errors import ICAError
-from ica_plugin.hosts.llamafactory.attach import attach, refuse_unsupported
+from ica_plugin.hosts.llamafactory.attach import refuse_unsupported
 from ica_plugin.hosts.llamafactory.holdout import LOCATION_KEYS
 from ica_plugin.hosts.llamafactory.launch import run_exp
 from leaks import check_no_leak, entry_with_every_key
@@ -191,14 +191,6 @@ def test_a_wrong_holdout_says_what_to_do(make, tmp_path, holdout, message):
 def test_what_cannot_be_weighted_is_refused_before_a_model_is_loaded(settings, message):
     with pytest.raises(ICAError, match=message):
         run_exp({"stage": "sft", "do_train": True, "model_name_or_path": "nowhere", "ica": {"holdout": "good"}, **settings})
-
-
-def test_multimodal_rows_are_refused(make, tmp_path):
-    maker = make("sft", tiny.sft_rows(4))
-    trainer = maker(ica=None)
-    trainer.train_dataset = trainer.train_dataset.remove_columns("images").add_column("images", [["a.png"]] * 4)
-    with pytest.raises(ICAError, match="multimodal"):
-        attach(trainer, parse_config({"holdout": "good"}))
 
 
 def test_weights_from_a_file_and_from_a_column(make, tmp_path):
