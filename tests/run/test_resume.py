@@ -84,7 +84,30 @@ def test_whatever_moved_the_rows_to_come_they_are_trained_with_weights_of_their_
     """Every row that is trained got its weight in the refresh that is the newest then."""
     block = {"refresh_interval": 0.5 if name == "fraction" else 4}
     run(tmp_path / "before", block, **SAVING)
-    resumed = build(tmp_path / "on", block, **changes)
+    check_newest(build(tmp_path / "on", block, **changes), tmp_path / "before" / "checkpoint-2")
+
+
+@pytest.mark.parametrize("apply", ["gradient", "sample"])
+@pytest.mark.parametrize(
+    "before, after, step", [(1, 2, 6), (2, 4, 20), (4, 2, 20), ({"max_steps": 16}, {"max_steps": 24}, 6)], ids=str
+)
+def test_a_fraction_of_another_number_of_steps(tmp_path, apply, before, after, step):
+    """Resumed inside a window that is longer now, with 1 epoch as 2 the run stopped at rows that were never scored; with 2 as 4,
+    steps 24 to 31 were trained with weights of the first epoch."""
+    block = {"refresh_interval": 0.25, "apply": apply}
+    settings = {"train": tokenised(32, 0), "gradient_accumulation_steps": 1}
+
+    def epochs(given):
+        return given if isinstance(given, dict) else {"num_train_epochs": given}
+
+    run(tmp_path / "before", block, **settings, save_strategy="steps", save_steps=step, **epochs(before))
+    resumed = build(tmp_path / "on", block, **settings, **epochs(after))
+    check_newest(resumed, tmp_path / "before" / f"checkpoint-{step}")
+    assert resumed.state.global_step == resumed.state.max_steps
+
+
+def check_newest(resumed, checkpoint: Path) -> None:
+    """Every row that is trained from the checkpoint on got its weight in the refresh that is the newest then."""
     callback, seen = callback_of(resumed), []
     look_up = callback.state.weights_of
 
@@ -93,7 +116,7 @@ def test_whatever_moved_the_rows_to_come_they_are_trained_with_weights_of_their_
         return look_up(rows)
 
     callback.state.weights_of = recorded
-    resumed.train(resume_from_checkpoint=str(tmp_path / "before" / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
     assert seen and all(seen)
 
 
