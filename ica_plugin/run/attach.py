@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import Trainer
 
-from ..config import ICAConfig
+from ..config import BUILTIN_RETRIEVAL, ICAConfig
 from ..data.holdout import Holdout, check_holdout, joined
 from ..data.read import read_examples
 from ..data.row_ids import NO_ROW, digest_of_ids, row_ids_of
@@ -69,6 +69,11 @@ def attach_examples(
         given = _given_weights(trainer, weights, config, row_ids, train, moved_rows)
     else:
         # Before the holdout is read and anything is scored.
+        if config.shows_demonstrations and config.retrieval not in BUILTIN_RETRIEVAL and trainer.processing_class is None:
+            raise ICAError(
+                f"ica.retrieval: {config.retrieval!r} compares texts, and the trainer has no tokenizer to read its rows with. Build it "
+                f"with `processing_class=tokenizer`, or take one of {', '.join(BUILTIN_RETRIEVAL)}, which need none."
+            )
         require(parts_of(parse_score(config.score)), trainer.model, train.kind, reference_of(trainer))
         context = model_context(trainer.model)
         holdout = joined({name: check_holdout(*read_holdout(one), train, context) for name, one in config.sets.items()})

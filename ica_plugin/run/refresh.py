@@ -58,14 +58,14 @@ class Refresh:
             until: optimizer step until which the weights serve, for `budget`.
         """
         begin = time.monotonic()
-        self.scoring.use_training_weights()
         if self.budgeted is not None:
             self.budgeted.allowance.open(self.scoring.trainer.state.global_step, until)
         first = shared and self.scoring.trainer.state.global_step == 0 and self.state.counts.refreshes == 0
         parts = self.parts if first and self.budgeted is None else None
-        if parts is not None:
-            parts.begin()
-        columns = self._score(self._ranks.share(rows) if shared else rows, parts)
+        with self.scoring.averaged_weights_kept():
+            if parts is not None:
+                parts.begin()
+            columns = self._score(self._ranks.share(rows) if shared else rows, parts)
         weights = self._weigh(columns) if len(columns["row"]) else None
         if weights is not None:
             self.state.give(columns["row"], weights.values, columns["scored"], columns["score"])

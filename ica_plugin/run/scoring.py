@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,8 @@ class Scoring:
 
     @property
     def engine(self) -> Engine:
-        """The policy's log-probs."""
+        """The policy's log-probs, by the weights that are trained."""
+        self._use_training_weights()
         if self._engine is None:
             args, model = self.trainer.args, self.trainer.model
             largest = int(self.train.lengths.sum(axis=1).max())
@@ -106,12 +108,23 @@ class Scoring:
         self._engine, self._kept = None, {}
         return True
 
-    def use_training_weights(self) -> None:
+    def _use_training_weights(self) -> None:
         """A schedule-free optimizer leaves its averaged weights in the model after an evaluation, until the next step. What is
-        scored are the weights that are trained, whenever a refresh comes."""
+        scored are the weights that are trained, whoever asks and whenever."""
         switch = getattr(self.trainer.optimizer, "train", None)
         if callable(switch):
             switch()
+
+    @contextmanager
+    def averaged_weights_kept(self) -> Iterator[None]:
+        """After the block the model has the averaged weights again, if it had: they are what is saved after training."""
+        optimizer = self.trainer.optimizer
+        averaged = any(group.get("train_mode") is False for group in getattr(optimizer, "param_groups", ()))
+        try:
+            yield
+        finally:
+            if averaged and callable(getattr(optimizer, "eval", None)):
+                optimizer.eval()
 
     def find_demonstrations(
         self,

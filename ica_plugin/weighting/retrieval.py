@@ -56,7 +56,7 @@ def retrieve_blocks(
         context: the model's context in tokens; holdout rows that do not fit before the row, beside more similar ones, are
             passed over. None: unlimited.
         embed: sequences → float [n, H], the policy's hidden states pooled over their prompts.
-        decode: tokens → text.
+        decode: tokens → text, for sentence-transformers.
 
     Yields:
         some of `rows`, in order, and for each of them indices into `holdout.examples`; empty where none fits.
@@ -135,7 +135,7 @@ def _similarity(config: ICAConfig, embed: Embed, decode: Decode) -> Callable[...
     if config.retrieval == "random":
         return lambda queries, keys: np.stack([_random_scores(query.prompt, len(keys), config.seed) for query in queries])
     if config.retrieval == "bm25":
-        return lambda queries, keys: _bm25([decode(q.prompt) for q in queries], [decode(key.prompt) for key in keys])
+        return lambda queries, keys: _bm25([query.prompt for query in queries], [key.prompt for key in keys])
     if config.retrieval == "policy":
         vectors = embed
     else:
@@ -167,16 +167,22 @@ def _random_scores(tokens: np.ndarray, n: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, int.from_bytes(digest, "little")]).random(n)
 
 
-def _bm25(queries: list[str], keys: list[str]) -> np.ndarray:
+def _bm25(queries: list[np.ndarray], keys: list[np.ndarray]) -> np.ndarray:
+    # Tokens, not words: Chinese has no spaces, and what cuts text into words drops single digits and emoji.
     import bm25s
 
-    corpus = bm25s.tokenize(keys, stopwords=None, show_progress=False)
-    if not corpus.vocab:
-        return np.zeros((len(queries), len(keys)))
+    corpus = [[str(token) for token in key.tolist()] for key in keys]
+    known = {token for key in corpus for token in key}
+    scores = np.zeros((len(queries), len(keys)))
+    if not known:
+        return scores
     index = bm25s.BM25()
     index.index(corpus, show_progress=False)
-    words = bm25s.tokenize(queries, stopwords=None, return_ids=False, show_progress=False)
-    return np.stack([index.get_scores(query) if query else np.zeros(len(keys)) for query in words])
+    for i, query in enumerate(queries):
+        shared = [token for token in map(str, query.tolist()) if token in known]
+        if shared:
+            scores[i] = index.get_scores(shared)
+    return scores
 
 
 def _sentence_transformer(name: str) -> Any:

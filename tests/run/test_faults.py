@@ -106,3 +106,13 @@ def test_a_holdout_file_that_changes_during_the_run_changes_nothing_until_it_is_
     attach(again, {"retrieval": "random", "k": 2, "holdout": str(tmp_path / "changed" / "holdout.jsonl"), **WINDOW})
     with pytest.raises(ICAError, match="was written by another run; what differs: the holdout"):
         again.train(resume_from_checkpoint=str(tmp_path / "changed" / "checkpoint-3"))
+
+
+def test_without_a_tokenizer_what_compares_texts_is_refused_when_attached_and_bm25_needs_none(tmp_path):
+    trainer = build(tmp_path, None, max_steps=1)
+    trainer.processing_class = None
+    with pytest.raises(ICAError, match="compares texts, and the trainer has no tokenizer"):
+        attach(trainer, {"retrieval": "some/model"}, holdout=tokenised(6, 9))
+    attach(trainer, {"retrieval": "bm25"}, holdout=tokenised(6, 9))
+    trainer.train()
+    assert len({tuple(line["demos"]) for line in scores(tmp_path)}) > 1

@@ -14,9 +14,11 @@ import torch
 from accelerate.state import GradientState
 
 import tiny
-from checks import callback_of
+from checks import callback_of, parameters
 from ica_plugin.data.row_ids import ROW_IDS
 from ica_plugin.run.look_ahead import LookAhead
+from ica_plugin.scorers import scores_for_sets
+from ica_plugin.tools.sample import Sample
 from processes import torchrun
 from runs import ROWS, Recorder, build, refreshes, run
 
@@ -160,10 +162,22 @@ def test_an_evaluation_does_not_change_what_a_schedule_free_optimizer_s_run_scor
     found = [pq.read_table(tmp_path / name / "ica" / "scores.parquet") for name in ("plain", "eval")]
     assert found[0]["step"].to_pylist() == found[1]["step"].to_pylist() and max(found[0]["step"].to_pylist()) >= 8
     np.testing.assert_allclose(found[0]["score"].to_numpy(), found[1]["score"].to_numpy(), atol=2e-2)
-    # The averaged weights score otherwise by far, so the comparison can fail.
-    callback = callback_of(other)
-    callback.scoring.use_training_weights()
-    trained = callback.scoring.score(list(range(ROWS)), callback.state.shown(list(range(ROWS))))["ica"]
+    # Whoever asks: a sample of the audit too.
+    callback, rows = callback_of(other), list(range(ROWS))
+    shown = callback.state.shown(rows)
+    trained = callback.scoring.score(rows, shown)["ica"]
     other.optimizer.eval()
-    averaged = callback.scoring.score(list(range(ROWS)), callback.state.shown(list(range(ROWS))))["ica"]
+    sample = Sample(callback, rows)
+    sample.score(["ica"])
+    np.testing.assert_allclose(sample.columns["ica"], trained, atol=1e-4)
+    # What is saved after training are the averaged weights, also after a refresh.
+    other.optimizer.eval()
+    before = parameters(other)
+    callback.refresh(rows, shared=True)
+    for name, value in parameters(other).items():
+        torch.testing.assert_close(value, before[name], atol=1e-5, rtol=1e-4)
+    # The averaged weights score otherwise by far, so the comparisons can fail.
+    context = callback.scoring.context(rows, shown)
+    other.optimizer.eval()
+    averaged = scores_for_sets(context)["ica"]
     assert np.abs(trained - averaged).max() > 0.2

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+import tiny
 from ica_plugin.config import ICAConfig
 from ica_plugin.data.holdout import check_holdout
 from ica_plugin.data.store import Example, Sequence
@@ -45,6 +46,22 @@ def choose(retrieval, k=1, train=TRAIN, holdout=HOLDOUT, context=None, rows=None
 @pytest.mark.parametrize("retrieval", ["policy", "bm25"])
 def test_the_nearest_prompts_are_found(retrieval):
     assert choose(retrieval) == [[1], [0], [2]]
+
+
+@pytest.mark.parametrize(
+    "texts", [["今天天气很好", "他喜欢吃苹果", "股票价格上涨"], ["7 3", "8 4", "9 5"], ["🍎", "🚗", "🌙"]], ids=str
+)
+def test_bm25_sees_text_without_spaces(texts):
+    """Cut into words, all of these score 0 against each other, and every row is shown the first holdout rows."""
+    tokenizer = tiny.make_tokenizer()
+    holdout = [row(tokenizer(text)["input_ids"], (900,)) for text in texts]
+    train = [row(tokenizer(text)["input_ids"], (901,)) for text in texts[::-1]]
+    assert choose("bm25", train=train, holdout=holdout) == [[2], [1], [0]]
+
+
+def test_bm25_of_rows_without_a_prompt_or_without_a_token_in_common():
+    assert choose("bm25", train=[row([], (500, 501)), row([700, 701], (502,))]) == [[0], [0]]
+    assert choose("bm25", train=TRAIN[:1], holdout=[row([], (700, 701)), row([], (702, 703))]) == [[0]]
 
 
 @pytest.mark.parametrize("retrieval", ["policy", "bm25", "random"])
