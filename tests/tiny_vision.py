@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 import tiny
 
@@ -67,6 +74,55 @@ def save_qwen(folder: Path) -> Path:
     Qwen2VLForConditionalGeneration(config).float().save_pretrained(folder)
     torch.set_rng_state(state)
     processor.save_pretrained(folder)
+    return folder
+
+
+def llava_processor():
+    """A LLaVA processor whose pictures are four tokens, on any backend."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", AddedToken("<image>", special=True)]})
+    return LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE.replace("IMAGE", "'<image>'"),
+    )
+
+
+def make_llava() -> LlavaForConditionalGeneration:
+    """A random LLaVA: two layers of Llama behind two of CLIP."""
+    processor = llava_processor()
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "projection_dim": 32,
+    }
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, initializer_range=0.3),
+        text_config=tiny.make_config(),
+        image_token_index=processor.image_token_id,
+        image_seq_length=4,
+        vision_feature_select_strategy="default",
+    )
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).float()
+    torch.set_rng_state(state)
+    return model
+
+
+def save_llava(folder: Path) -> Path:
+    """Write it with its processor as a model folder."""
+    make_llava().save_pretrained(folder)
+    llava_processor().save_pretrained(folder)
     return folder
 
 

@@ -132,27 +132,28 @@ def has_media(features: Mapping[str, Any], batch: Mapping[str, Any]) -> bool:
 
 
 def _sides(batch: Mapping[str, Any]) -> list[Tensors]:
-    """The tensors of each line of a collated row; of a pair the first half are the chosen's, unless it shows them once."""
+    """The tensors of each line of a collated row; of a pair the first half are the chosen's."""
     present = {key for key, value in batch.items() if value is not None and not _is_text(key)}
     if unknown := sorted(present - {*CONCATENATED, *BY_TOKEN}):
         raise ICAError(
             f"its batch has `{unknown[0]}`, which ica_plugin cannot put behind demonstrations. Give `ica.weights`, or remove the "
             "`ica:` block."
         )
-    lines = batch["input_ids"].shape[0] if "input_ids" in batch else 2 if "chosen_input_ids" in batch else 1
+    if "input_ids" not in batch:
+        raise ICAError(
+            "its prompt and its answers come in tensors of their own beside its images, as TRL before 1.0 has them for preference "
+            "trainers, which keep the first image of a row alone. Use TRL 1 or later."
+        )
+    lines = batch["input_ids"].shape[0]
     whole = {key: torch.as_tensor(batch[key]).cpu() for key in CONCATENATED if key in present}
-    if any(len(value) % lines for value in whole.values()) and "input_ids" in batch:
+    if any(len(value) % lines for value in whole.values()):
         raise ICAError(
             f"it has {lines} lines, and { ({key: tuple(value.shape) for key, value in whole.items()}) } to share among them."
         )
-    sides = [
-        {key: value.chunk(lines)[side] if "input_ids" in batch else value for key, value in whole.items()}
-        for side in range(lines)
-    ]
-    for key in BY_TOKEN:
-        if key in present and "input_ids" in batch:
-            for side, tensors in enumerate(sides):
-                tensors[key] = batch[key][side].cpu()[batch["attention_mask"][side].cpu() != 0]
+    sides = [{key: value.chunk(lines)[side] for key, value in whole.items()} for side in range(lines)]
+    for key in present.intersection(BY_TOKEN):
+        for side, tensors in enumerate(sides):
+            tensors[key] = batch[key][side].cpu()[batch["attention_mask"][side].cpu() != 0]
     return sides
 
 

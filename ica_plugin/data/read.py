@@ -6,7 +6,7 @@ truncation, the same label mask, the same column names, whatever the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,9 @@ from .batches import examples_from_batch
 from .media import MEDIA_COLUMNS, Media, MediaSource
 from .packing import packed_lengths, unpacked
 from .store import Example, Rows, RowsBuilder
+
+# TRL's preference trainers name theirs so; all others end in `input_ids`.
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
 
 Collator = Callable[[list[dict]], Mapping[str, Any]]
 
@@ -91,6 +94,11 @@ def refuse_transform(dataset: Any, what: str) -> None:
         )
 
 
+def token_columns(columns: Iterable[str]) -> list[str]:
+    """The columns that hold tokens, by their names; none where the collator makes them of text."""
+    return [name for name in columns if name.endswith("input_ids") or name in TOKEN_COLUMNS]
+
+
 def without_text_columns(dataset: Any) -> Any:
     """The dataset in the columns that its collator takes.
 
@@ -98,7 +106,7 @@ def without_text_columns(dataset: Any) -> Any:
     collator makes of text and images, keep all.
     """
     features = getattr(dataset, "features", None)
-    if not features or not any(name.endswith("input_ids") for name in features):
+    if not features or not token_columns(features):
         return dataset
 
     def numeric(feature: Any) -> bool:

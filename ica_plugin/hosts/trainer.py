@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from ..config import ICAConfig, parse_config
 from ..data.loaders import HoldoutLoader, Source, expanded, local_path
+from ..data.read import token_columns
 from ..data.store import Rows
 from ..errors import ICAError
 from ..run.attach import attach_examples
@@ -114,8 +115,9 @@ class TrainerHoldout(HoldoutLoader):
         return f"cannot be read by `datasets`: {type(error).__name__}: {error}"
 
     def prepare(self, name: str, dataset: Dataset) -> Any:
-        tokenised = [column for column in self.trainer.train_dataset.column_names if column.endswith("_ids")]
-        if set(tokenised) & set(dataset.column_names):
+        tokenised = token_columns(self.trainer.train_dataset.column_names)
+        # The collator makes tokens of rows that have none (images).
+        if not tokenised or set(tokenised) & set(dataset.column_names):
             return dataset
         try:
             return prepare_like_train(self.trainer, dataset)
