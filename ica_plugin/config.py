@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .block import Block, HoldoutAdapter, Influence, check_interval, check_quantiles, check_sets
 from .errors import ICAError
 from .expression import BAND_SCORERS, SHOWS_DEMONSTRATIONS, parse_score, parts_of
 
@@ -15,47 +15,6 @@ BUILTIN_RETRIEVAL = ("policy", "bm25", "random")
 AUTO_APPLY: Literal["sample", "gradient"] = "sample"
 # Keys that mean nothing but with one weighting, so that giving one says which.
 IMPLIED_WEIGHTINGS = {"temperature": "softmax", "winsorize": "minmax", "keep": "top", "band": "band"}
-
-
-class Block(BaseModel):
-    """Keys in a user's file: an unknown one is an error that names the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _suggest_known_keys(cls, block: Any) -> Any:
-        if not isinstance(block, dict):
-            return block
-        for key in block:
-            if key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
-                hint = f"did you mean `{near[0]}`? " if near else ""
-                raise ValueError(f"unknown key `{key}`: {hint}Known keys: {', '.join(cls.model_fields)}")
-        return block
-
-
-class HoldoutAdapter(Block):
-    """`holdout_adapter:`, the LoRA tuned on the holdout that `rho` and `lossdiff` compare with."""
-
-    path: str | None = Field(None, min_length=1, description="A saved LoRA on the same base, instead of training one.")
-    r: int = Field(8, ge=1, description="Rank.")
-    steps: int = Field(100, ge=1, description="Optimizer steps of 8 holdout rows each.")
-    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False, description="Of AdamW, falling linearly to 0.")
-
-
-class Influence(Block):
-    """`influence:`, what the scorer of that name does with the gradients."""
-
-    adam: bool = Field(False, description="Precondition the row's gradient with the optimizer's moments (LESS).")
-    truncate: tuple[float, float] | None = Field(
-        None, description="Two quantiles outside of which influence does not count (TIF)."
-    )
-
-    @field_validator("truncate")
-    @classmethod
-    def _check_truncate(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        return value if value is None else check_quantiles(value)
 
 
 class ICAConfig(Block):
@@ -108,6 +67,11 @@ class ICAConfig(Block):
         ge=1,
         description="Of `apply: sample` with a refresh in steps: rows scored per row trained; each once before any again.",
     )
+    drop_tokens: Literal["auto"] | float | None = Field(
+        None,
+        description="SFT: supervised tokens that stay surprising after the demonstrations are left out of the loss. auto: those less likely "
+        "than all but 1 % of the holdout's own tokens; or a share of the train tokens, as in 0.1.",
+    )
     epoch_share: float = Field(
         1.0, gt=0, le=1, description="Of `apply: sample`: places of an epoch as a share of the rows; below 1 a shorter run."
     )
@@ -146,16 +110,15 @@ class ICAConfig(Block):
     @field_validator("refresh_interval", mode="before")
     @classmethod
     def _check_interval(cls, value: Any) -> Any:
-        allowed = "allowed: never, epoch, a whole number of optimizer steps ≥ 1, or a fraction of the run between 0 and 1"
-        if value in ("never", "epoch"):
+        return check_interval(value)
+
+    @field_validator("drop_tokens", mode="before")
+    @classmethod
+    def _check_drop_tokens(cls, value: Any) -> Any:
+        share = isinstance(value, float) and 0 < value < 1
+        if value is None or value == "auto" or share:
             return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(allowed)
-        if isinstance(value, int) and value >= 1:
-            return value
-        if isinstance(value, float) and 0 < value < 1:
-            return value
-        raise ValueError(allowed)
+        raise ValueError("allowed: auto, or a share of the tokens between 0 and 1, as in 0.1")
 
     @field_validator("band")
     @classmethod
@@ -176,37 +139,20 @@ class ICAConfig(Block):
     @field_validator("holdout")
     @classmethod
     def _check_holdout(cls, value: str | dict | list | None) -> str | dict | list | None:
-        if isinstance(value, list):
-            names = [entry.get("name") for entry in value]
-            if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
-                raise ValueError(
-                    "a list of holdout sets needs a `name` of its own for each, as in `- name: maths` with `path: maths.jsonl`"
-                )
-            if any(len(entry) < 2 for entry in value):
-                raise ValueError("every holdout set needs a `path` beside its `name`")
-        if value in ("", {}):
-            raise ValueError("is empty; give a path, a hub id, or a dataset entry with `path:`")
-        return value
+        return check_sets(value)
 
     @model_validator(mode="after")
-    def _check_source(self) -> ICAConfig:
-        if self.holdout is None and self.weights is None:
-            raise ValueError("`holdout` is required: a path, a hub id or a dataset entry (or give `weights`)")
-        if self.epoch_share < 1 and self.apply == "gradient":
-            raise ValueError("`epoch_share` below 1 goes with `apply: sample`: set that, or remove it")
-        if self.budget is not None and (self.score not in ("auto", "ica") or len(self.sets) > 1):
-            raise ValueError("`budget` goes with `score: ica` and one holdout alone; remove it, or the others")
-        implied = [name for key, name in IMPLIED_WEIGHTINGS.items() if key in self.model_fields_set]
-        if self.weighting == "auto" and len(implied) > 1:
-            raise ValueError(f"the keys of several weightings are given ({', '.join(implied)}); say which one with `weighting`")
-        if (
-            self.weighting == "band"
-            and len(self.sets) > 1
-            and self.score != "auto"
-            and BAND_SCORERS.keys() & {name for _, name in parse_score(self.score)}
-        ):
-            raise ValueError(f"`weighting: band` with `score: {self.score}` goes with one holdout alone; with several use `top`")
+    def _check_together(self) -> ICAConfig:
+        check_together(self)
         return self
+
+    def check_kind(self, kind: str) -> None:
+        """Raise ICAError for a key that does not go with rows of this kind: sft, pair or unpaired."""
+        if self.drop_tokens is not None and kind != "sft":
+            raise ICAError(
+                f"ica.drop_tokens: the run trains on {'preference pairs' if kind == 'pair' else 'KTO rows'}, whose loss is no mean over "
+                "tokens, so that none can be left out of it. Remove the key; it goes with SFT."
+            )
 
     def resolved(self, kind: str, draws: bool) -> ICAConfig:
         """The block with what the evidence says in place of every `auto` (docs/evidence.md).
@@ -214,7 +160,11 @@ class ICAConfig(Block):
         Args:
             kind: of the run's rows: sft, pair or unpaired.
             draws: single rows can be drawn, so that `apply: auto` means `sample`.
+
+        Raises:
+            ICAError: a key that does not go with these rows.
         """
+        self.check_kind(kind)
         apply = self.apply if self.apply != "auto" else AUTO_APPLY if draws else "gradient"
         implied = next((name for key, name in IMPLIED_WEIGHTINGS.items() if key in self.model_fields_set), None)
         weighting = implied or ("top" if apply == "sample" else "rank")
@@ -241,8 +191,13 @@ class ICAConfig(Block):
         }
 
     @property
+    def needs_demonstrations(self) -> bool:
+        """Whether each row's demonstrations are looked for."""
+        return self.shows_demonstrations or self.drop_tokens is not None
+
+    @property
     def shows_demonstrations(self) -> bool:
-        """Whether a scorer of `score` needs each row's demonstrations."""
+        """Whether a scorer of `score` needs each row's demonstrations, so that a row without any has no score."""
         return self.score == "auto" or not SHOWS_DEMONSTRATIONS.isdisjoint(parts_of(parse_score(self.score)))
 
     def interval_steps(self, total_steps: int) -> int | None:
@@ -254,11 +209,27 @@ class ICAConfig(Block):
         return max(1, round(self.refresh_interval * total_steps))
 
 
-def check_quantiles(value: tuple[float, float]) -> tuple[float, float]:
-    """Two quantiles in order; raises ValueError otherwise."""
-    if not 0 <= value[0] < value[1] <= 1:
-        raise ValueError("two quantiles with 0 ≤ low < high ≤ 1, as in [0.25, 0.75]")
-    return value
+def check_together(block: ICAConfig) -> None:
+    """Raise ValueError for keys that do not go with each other."""
+    if block.holdout is None and block.weights is None:
+        raise ValueError("`holdout` is required: a path, a hub id or a dataset entry (or give `weights`)")
+    if block.epoch_share < 1 and block.apply == "gradient":
+        raise ValueError("`epoch_share` below 1 goes with `apply: sample`: set that, or remove it")
+    if block.drop_tokens is not None and (block.weights is not None or block.budget is not None):
+        other = "weights" if block.weights is not None else "budget"
+        raise ValueError(f"`drop_tokens` needs every row scored, and with `{other}` that is not so; remove one of them")
+    if block.budget is not None and (block.score not in ("auto", "ica") or len(block.sets) > 1):
+        raise ValueError("`budget` goes with `score: ica` and one holdout alone; remove it, or the others")
+    implied = [name for key, name in IMPLIED_WEIGHTINGS.items() if key in block.model_fields_set]
+    if block.weighting == "auto" and len(implied) > 1:
+        raise ValueError(f"the keys of several weightings are given ({', '.join(implied)}); say which one with `weighting`")
+    if (
+        block.weighting == "band"
+        and len(block.sets) > 1
+        and block.score != "auto"
+        and BAND_SCORERS.keys() & {name for _, name in parse_score(block.score)}
+    ):
+        raise ValueError(f"`weighting: band` with `score: {block.score}` goes with one holdout alone; with several use `top`")
 
 
 def parse_config(block: Any) -> ICAConfig:

@@ -333,3 +333,48 @@ def check_kto_gradients(make_trainer: MakeTrainer, tmp_path: Path, fields: Calla
     error = relative_error(found, expected)
     assert error < 1e-5, error
     return error
+
+
+def check_token_gradients(
+    make_trainer: MakeTrainer, *, micro_batch: int = 4, drop: tuple[str, ...] = ("length",), **packing
+) -> float:
+    """The gradient of one batch with `drop_tokens` equals an explicit weighted sum over its tokens.
+
+    The batch comes out of the host's own data loader. A row's part of the sum is the host's own loss of that row alone, of a trainer
+    without the plugin, with the labels of the dropped tokens masked.
+
+    Args:
+        drop: columns that the host's collator does not take from a single row.
+        packing: the settings that make the host pack.
+    """
+    block = {"drop_tokens": 0.2, "weighting": "rank", "k": 2}
+    weighted, plain = make_trainer(ica=block, micro_batch=micro_batch, **packing), make_trainer(ica=None, micro_batch=micro_batch)
+    weighted.model.load_state_dict(plain.model.state_dict())
+    start_training(weighted)
+    callback = callback_of(weighted)
+    callback.refresh(list(range(len(callback.train))), shared=True)
+    callback.refresh.parts.remove()
+    lines = read_scores(callback.files.folder / "scores.parquet").to_pylist()
+    batch = weighted._prepare_inputs(next(iter(weighted.get_train_dataloader())))
+    picked = [row for row in batch[ROW_IDS].unique().tolist() if row >= 0]
+    found = gradients(weighted, weighted.compute_loss(weighted.model, batch))
+
+    count = np.array([line["tokens"] for line in lines])
+    left = count - [len(line["dropped_tokens"]) for line in lines]
+    of_row = np.array([line["weight"] for line in lines])
+    factor = (of_row * count).sum() / (of_row * left).sum()
+    assert len(picked) >= 3 and sum(len(lines[row]["dropped_tokens"]) for row in picked) >= 3 and factor > 1.02
+    plain.model.train()
+    place = {tuple(row["input_ids"]): i for i, row in enumerate(plain.train_dataset)}
+    total = torch.zeros(())
+    for row in picked:
+        tokens = callback.train[row].sequences[0].tokens
+        single = plain.data_collator(features_of(plain, [place[tuple(tokens.tolist())]], drop))
+        labels = single["labels"]
+        assert labels.shape[0] == 1 and single["input_ids"][0, : len(tokens)].tolist() == tokens.tolist()
+        labels[0, lines[row]["dropped_tokens"]] = -100
+        loss = plain.compute_loss(plain.model, plain._prepare_inputs(single))
+        total = total + of_row[row] * factor * left[row] / count[picked].sum() * loss
+    error = relative_error(found, gradients(plain, total))
+    assert error < 1e-5, error
+    return error

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ica_plugin"
-BASE = "errors, log, versions, expression, config"
+BASE = "errors, log, versions, expression, block, config"
 # A module imports from its own floor and from those before it.
 FLOORS = [BASE, "data", "policy", "scorers", "weighting", "training", "run", "hosts", "tools"]
 # What users import, and the command: they open the door to every floor, and nothing inside imports them.

@@ -144,3 +144,39 @@ def _ids_from(line: np.ndarray, rows: list[tuple[np.ndarray, np.ndarray]], start
         found[start:stop] = ids[: len(tokens)]
         start += len(ids)
     return found
+
+
+def places_of_tokens(line: np.ndarray, tokens: np.ndarray, real: np.ndarray | None) -> np.ndarray:
+    """Where each token of a padded line stands in its row.
+
+    Args:
+        line: int [T].
+        tokens: int [n], of the row.
+        real: bool [T], what of the line is no padding; None where the batch does not say.
+
+    Returns:
+        int64 [T], places in `tokens`; `NO_ROW` for padding.
+
+    Raises:
+        ICAError: the line holds neither the row nor its beginning or end, or it may be either.
+    """
+    found = np.full(len(line), NO_ROW)
+    spans = [np.flatnonzero(real)] if real is not None else _spans(len(line), len(tokens))
+    for at in spans:
+        held = line[at]
+        both = {0, max(len(tokens) - len(held), 0)}
+        firsts = {first for first in both if np.array_equal(held, tokens[first : first + len(held)])}
+        if len(firsts) == 1:
+            found[at] = np.arange(len(held)) + firsts.pop()
+            return found
+    raise ICAError(
+        f"a batch's line of {len(line)} tokens does not hold its row of {len(tokens)}, or its beginning or end, so that the weights of its "
+        "tokens cannot be told. Remove `drop_tokens`, or the setting that changes rows in the collator."
+    )
+
+
+def _spans(width: int, size: int) -> list[np.ndarray]:
+    """Where a row may stand in a line without a mask: padded on the right, on the left, or cut."""
+    if size >= width:
+        return [np.arange(width)]
+    return [np.arange(size), np.arange(width - size, width)]

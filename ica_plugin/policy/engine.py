@@ -94,12 +94,15 @@ class Engine:
         """The path of these sequences: the padded one where any shows images, which trees know nothing of."""
         return self.padded if any(sequence.media for sequence in sequences) else self.path
 
-    def logprobs(self, sequences: list[Sequence], progress: Progress = lambda done: None) -> np.ndarray:
+    def logprobs(
+        self, sequences: list[Sequence], progress: Progress = lambda done: None, tokens: list[np.ndarray] | None = None
+    ) -> np.ndarray:
         """Summed log-prob of each sequence's scored tokens.
 
         Args:
             sequences: n sequences.
             progress: called with the number of sequences done.
+            tokens: if given, becomes the log-probs of each sequence's scored tokens one by one, float32 [scored tokens].
 
         Returns:
             float64 [n], nats.
@@ -109,16 +112,22 @@ class Engine:
         """
         result = np.zeros(len(sequences))
         path, whole = self.path_for(sequences), True
+        if tokens is not None:
+            tokens[:] = [np.zeros(0, np.float32)] * len(sequences)
 
         def sums(index: list[int]) -> list[float]:
-            return [float(value.astype(np.float64).sum()) for value in path.token_logprobs([sequences[i] for i in index])]
+            values = path.token_logprobs([sequences[i] for i in index])
+            if tokens is not None:
+                for i, value in zip(index, values, strict=True):
+                    tokens[i] = value.astype(np.float32)
+            return [float(value.astype(np.float64).sum()) for value in values]
 
         def work(index: list[int]) -> None:
             nonlocal whole
             result[index] = sums(index)
             bad = np.array(index)[~np.isfinite(result[index])]
             if whole and len(bad) == len(index):
-                _stop_if_broken(len(sequences), sums)
+                stop_if_broken(len(sequences), sums)
                 whole = False  # asked once
             if len(index) > 1:
                 # A NaN reaches its neighbours in the forward through masked attention, as 0 × NaN: each row by itself.
@@ -228,8 +237,13 @@ class Engine:
                 yield
 
 
-def _stop_if_broken(n: int, sums: Callable[[list[int]], list[float]]) -> None:
-    """Raise ICAError where a few sequences from all over, each by itself, have no finite log-prob: none will."""
+def stop_if_broken(n: int, sums: Callable[[list[int]], list[float]]) -> None:
+    """Raise ICAError where a few of n sequences from all over, each by itself, have no finite log-prob: none will.
+
+    Args:
+        n: sequences that are scored.
+        sums: indices → their log-probs.
+    """
     some = np.random.default_rng(0).permutation(n)[:BROKEN_AFTER]
     if n < BROKEN_AFTER or any(np.isfinite(sums([i])[0]) for i in some):
         return

@@ -69,7 +69,7 @@ def attach_examples(
         given = _given_weights(trainer, weights, config, row_ids, train, moved_rows)
     else:
         # Before the holdout is read and anything is scored.
-        if config.shows_demonstrations and config.retrieval not in BUILTIN_RETRIEVAL and trainer.processing_class is None:
+        if config.needs_demonstrations and config.retrieval not in BUILTIN_RETRIEVAL and trainer.processing_class is None:
             raise ICAError(
                 f"ica.retrieval: {config.retrieval!r} compares texts, and the trainer has no tokenizer to read its rows with. Build it "
                 f"with `processing_class=tokenizer`, or take one of {', '.join(BUILTIN_RETRIEVAL)}, which need none."

@@ -88,7 +88,7 @@ class ICACallback(TrainerCallback):
         )
         self._given = given is not None
         self._parts = self.refresh.parts = self.parts_in(self.files.folder / "unfinished")
-        self._applying = Applying(trainer, self.state, self.drawing)
+        self._applying = Applying(trainer, self.state, self.drawing, self.state.tokens)
 
     @property
     def weights(self) -> torch.Tensor:
@@ -114,6 +114,8 @@ class ICACallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.scoring.follow_model():
             self.state.demonstrations = None
+        if self.state.tokens is not None:
+            self.state.tokens.limit = float("nan")  # of the policy as it was
         self.clock.begin()
         self.schedule.begin(state.max_steps)
         self._applying.begin(kwargs.get("train_dataloader"), scores=not self._given)
@@ -163,9 +165,9 @@ class ICACallback(TrainerCallback):
         """The host's train loader, under which rows are drawn if they are."""
         return loader if self.drawing is None else self.drawing.under(loader)
 
-    def applied(self, rows: torch.Tensor) -> AbstractContextManager[None]:
+    def applied(self, rows: torch.Tensor, inputs: Any) -> AbstractContextManager[None]:
         """See `Applying`."""
-        return self._applying(rows)
+        return self._applying(rows, inputs)
 
     def save_state(self, folder: str) -> None:
         """Write what a resumed run needs into a checkpoint's folder."""

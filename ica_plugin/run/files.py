@@ -34,6 +34,10 @@ SCHEMA = pa.schema(
 )
 
 
+# Types of columns that only some files have; those of scorers are float64.
+FURTHER = {"source": pa.int64(), "dropped_tokens": pa.list_(pa.int32())}
+
+
 # Key of a scores file's metadata: rows of the data file, where not all of them became train rows in their order.
 SOURCE_ROWS = "ica_source_rows"
 
@@ -240,8 +244,8 @@ def _copy(files: list[Path], path: Path, schema: pa.Schema) -> None:
 
 
 def score_table(columns: dict[str, Any]) -> pa.Table:
-    """The columns of SCHEMA, then the others (float64), as a table; NaN becomes null."""
-    further = [(name, pa.int64() if name == "source" else pa.float64()) for name in columns if name not in SCHEMA.names]
+    """The columns of SCHEMA, then the others (float64 where FURTHER does not know them), as a table; NaN becomes null."""
+    further = [(name, FURTHER.get(name, pa.float64())) for name in columns if name not in SCHEMA.names]
     schema = pa.schema([*SCHEMA, *further])
     return pa.Table.from_arrays([pa.array(columns[field.name], field.type, from_pandas=True) for field in schema], schema=schema)
 

@@ -28,6 +28,7 @@ def run_record(refresh: Refresh, clock: Clock, drawing: Drawing | None) -> dict[
         "rows": len(scoring.train),
         "train_rows_digest": scoring.train.digest,
         "holdout_rows": len(scoring.holdout.examples),
+        "tokens_left_out": None if refresh.dropping is None else round(float(refresh.dropping.left_out), 6),
         "rows_in_holdout": scoring.holdout.rows_in_train,
         "rows_without_supervised_token": int((refresh.tokens == 0).sum()),
         "scored_rows": counts.scored_rows,

@@ -20,6 +20,7 @@ from .ranks import Ranks
 from .report import Refreshed, Report
 from .scoring import Scoring
 from .state import RowState
+from .tokens import TokenDropping
 
 Columns = dict[str, np.ndarray]
 
@@ -38,6 +39,7 @@ class Refresh:
     Attributes:
         budgeted: scoring within a budget, where the block asks for it; there from the start of training on.
         neighbour_correlation: how well scored rows speak for the others, with a budget.
+        dropping: leaves tokens out of the loss, where the block asks for it.
         parts: keep the finished blocks of the scoring of all rows before the first step, where there are any.
     """
 
@@ -46,6 +48,8 @@ class Refresh:
         self.budgeted: Budgeted | None = None
         self.neighbour_correlation: float | None = None
         self.parts: Parts | None = None
+        self.dropping = TokenDropping(scoring, ranks, report) if scoring.config.drop_tokens is not None else None
+        state.tokens = None if self.dropping is None else self.dropping.weights
         self.tokens = scoring.train.supervised
         self._ranks, self._clock, self._report = ranks, clock, report
 
@@ -68,9 +72,12 @@ class Refresh:
             columns = self._score(self._ranks.share(rows) if shared else rows, parts)
         weights = self._weigh(columns) if len(columns["row"]) else None
         if weights is not None:
+            dropped = None
+            if self.dropping is not None:
+                dropped = self.dropping(columns, weights.values, self.state.counts.scored_rows)
             self.state.give(columns["row"], weights.values, columns["scored"], columns["score"])
             if self._ranks.is_main:
-                self.files.add_scores(self._written(columns, weights))
+                self.files.add_scores(self._written(columns, weights, dropped))
         # The clocks stop last: what is written is a part of the cost.
         if self.budgeted is not None:
             self.budgeted.allowance.close()
@@ -147,12 +154,14 @@ class Refresh:
         weights, self.neighbour_correlation = self.budgeted.weigh(columns, neutral)
         return weights
 
-    def _written(self, columns: Columns, weights: Weights) -> dict[str, Any]:
+    def _written(self, columns: Columns, weights: Weights, dropped: list[np.ndarray] | None = None) -> dict[str, Any]:
         """The columns of scores.parquet."""
         rows, scored = columns["row"], columns["scored"]
-        further = {
+        further: dict[str, Any] = {
             name: column for name, column in columns.items() if name not in CONTRACT_COLUMNS and column is not columns["score"]
         }
+        if dropped is not None:
+            further["dropped_tokens"] = dropped
         return {
             "row": rows,
             "refresh": np.full(len(rows), self.state.counts.refreshes),
@@ -181,7 +190,7 @@ class Refresh:
         counts, clock = self.state.counts, self._clock
         overhead = clock.scoring_seconds / max(clock.training_seconds, 1e-9) if counts.refreshes else 0.0
         scored = int(columns["scored"].sum())
-        flat = without_spread({name: columns[name] for name in columns if name not in ("row", "scored", "base", "context")})
+        flat = without_spread({name: columns[name] for name in columns if name == "score" or name not in CONTRACT_COLUMNS})
         self._report.refreshed(
             Refreshed(counts.refreshes, columns["row"], columns["score"], flat, scored, weights, seconds, overhead)
         )

@@ -43,6 +43,23 @@ class Refreshed:
     overhead: float
 
 
+@dataclass(frozen=True)
+class TokensLeftOut:
+    """What `drop_tokens` left out of the rows of one refresh, for people.
+
+    Attributes:
+        share: of their supervised tokens.
+        limit: log-prob below which a token goes, nats.
+        most: (text, times left out, times it stands in the rows) of the tokens that were left out most.
+        in_good_rows: texts of tokens that are left out often though they stand in most holdout rows.
+    """
+
+    share: float
+    limit: float
+    most: list[tuple[str, int, int]]
+    in_good_rows: list[str]
+
+
 class Report:
     """Log lines and metrics of one run.
 
@@ -107,6 +124,23 @@ class Report:
         self._log(
             {"ica/scored_share": scored / rows} | ({} if correlation is None else {"ica/neighbour_correlation": correlation})
         )
+
+    def tokens_left_out(self, found: TokensLeftOut) -> None:
+        """Say which tokens are left out of the loss, so that it can be seen whether it is digits or a format."""
+        get_logger().info(
+            "drop_tokens: %.2f %% of the supervised tokens are left out of the loss, those below %.2f nats after the demonstrations. Most "
+            "often: %s.",
+            100 * found.share,
+            found.limit,
+            ", ".join(f"{text!r} {count} of {all}" for text, count, all in found.most) or "none",
+        )
+        if found.in_good_rows:
+            get_logger().warning(
+                "drop_tokens: %s: left out often, though most holdout rows have it. If it belongs to the format that is to be learnt, lower "
+                "`drop_tokens`, or remove it.",
+                ", ".join(map(repr, found.in_good_rows)),
+            )
+        self._log({"ica/tokens_left_out": found.share})
 
     def given(self, values: np.ndarray) -> None:
         """Say that given weights are trained with. `values`: float64 [rows]."""

@@ -132,9 +132,10 @@ class Scoring:
         config: ICAConfig | None = None,
         holdout: Holdout | None = None,
         embed: Embed | None = None,
+        train: Rows | None = None,
     ) -> list[list[int]]:
         """`demonstration_blocks`, all at once."""
-        return [of_row for _, shown in self.demonstration_blocks(rows, config, holdout, embed) for of_row in shown]
+        return [of_row for _, shown in self.demonstration_blocks(rows, config, holdout, embed, train) for of_row in shown]
 
     def demonstration_blocks(
         self,
@@ -142,6 +143,7 @@ class Scoring:
         config: ICAConfig | None = None,
         holdout: Holdout | None = None,
         embed: Embed | None = None,
+        train: Rows | None = None,
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
         """Some of `rows` at a time, in order, with the indices of the holdout rows that each of them is shown, k of each set.
 
@@ -150,15 +152,16 @@ class Scoring:
             config: with another choice of demonstrations than the run's.
             holdout: to look among other rows than the run's.
             embed: another way to the policy's pooled hidden states than the engine's.
+            train: other rows than the run's, which `rows` are indices of.
         """
         config, holdout = config or self.config, holdout or self.holdout
-        if not config.shows_demonstrations:
+        if not config.needs_demonstrations:
             yield rows, [[] for _ in rows]
             return
         tokenizer = self.trainer.processing_class
         of_sets = [
             retrieve_blocks(
-                self.train,
+                self.train if train is None else train,
                 holdout.only(name),
                 config,
                 rows=rows,

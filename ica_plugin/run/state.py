@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..errors import ICAError
+from .token_weights import TokenWeights
 
 
 @dataclass
@@ -40,6 +41,7 @@ class RowState:
         draws: int32 [rows], times each row is trained since it was last scored, with `apply: sample`.
         demonstrations: int32 [rows, most], the holdout rows that each row is shown, filled up with −1; None before they were
             looked for.
+        tokens: weights of their tokens; None where no token is left out.
         counts: what was done so far.
     """
 
@@ -49,6 +51,7 @@ class RowState:
         self.refresh = torch.full((rows,), -1, dtype=torch.int32)
         self.draws = torch.zeros(rows, dtype=torch.int32)
         self.demonstrations: torch.Tensor | None = None
+        self.tokens: TokenWeights | None = None
         self.counts = Counts()
 
     def __len__(self) -> int:
@@ -117,7 +120,8 @@ class RowState:
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps, by name."""
         shown = {} if self.demonstrations is None else {"demonstrations": self.demonstrations}
-        return {"weights": self.weights, "scores": self.scores, "refresh": self.refresh, **shown}
+        of_tokens = {} if self.tokens is None else self.tokens.tensors()
+        return {"weights": self.weights, "scores": self.scores, "refresh": self.refresh, **shown, **of_tokens}
 
     def record(self) -> dict[str, Any]:
         """Counters that a checkpoint keeps."""
@@ -130,4 +134,6 @@ class RowState:
         self.refresh = tensors["refresh"].clone() if "refresh" in tensors else torch.full_like(self.refresh, -1)
         if "demonstrations" in tensors:
             self.demonstrations = tensors["demonstrations"].clone()
+        if self.tokens is not None:
+            self.tokens.restore(tensors)
         self.counts = Counts(**{name: record[name] for name in asdict(self.counts)})

@@ -23,7 +23,9 @@ from .context import ScoringContext
 from .influence import truncated
 from .needs import Needs, require_met
 
-CONTRACT_COLUMNS = ("row", "base", "context", "score", "scored")
+# What is no scorer's among the columns of a scoring. The last holds a float32 array for each row, with `drop_tokens`.
+CONTEXT_TOKENS = "context_tokens"
+CONTRACT_COLUMNS = ("row", "base", "context", "score", "scored", CONTEXT_TOKENS)
 
 # docs/scorers.md has what each costs. The names alone, for whoever must not import torch, are in `expression`.
 REGISTRY = {module.NAME: module for module in (ica, likelihood, one_shot, rho, lossdiff, irm, influence, datainf, rds, random)}
@@ -57,7 +59,8 @@ def scores_for(context: ScoringContext) -> dict[str, np.ndarray]:
 
     Returns:
         float64 [n] by name: `base` and `context` (log-probs without and with demonstrations as in `ica.Scores`, NaN where no
-        scorer needed them), and one per scorer.
+        scorer needed them), and one per scorer; with `drop_tokens` also `context_tokens`, the log-probs of each row's supervised
+        tokens after its demonstrations.
 
     Raises:
         ICAError: a scorer is not defined for these rows or this policy.
@@ -66,6 +69,8 @@ def scores_for(context: ScoringContext) -> dict[str, np.ndarray]:
     require(context.parts, context.engine.model, context.kind, context.reference)
     with context.engine.undisturbed():  # once for all of them
         parts = {name: REGISTRY[name].score(context) for name in context.parts}
+        if context.config.drop_tokens is not None:
+            parts[CONTEXT_TOKENS] = _objects(context.ica.tokens)
     nothing = np.full(len(context.rows), np.nan)
     if "ica" in context.parts:
         return {"base": context.ica.base, "context": context.ica.context, **parts}
@@ -123,7 +128,26 @@ def scores_for_sets(context: ScoringContext) -> dict[str, np.ndarray]:
         found[name] = scores_for(alone)
         shared = {key: vars(alone)[key] for key in ("sums", "reference_sums") if key in vars(alone)}
     columns = {key: np.mean([part[key] for part in found.values()], axis=0) for key in ("base", "context")}
+    if context.config.drop_tokens is not None:
+        # A token is surprising if it is so after the good examples of every set.
+        by_row = zip(*(part[CONTEXT_TOKENS] for part in found.values()), strict=True)
+        columns[CONTEXT_TOKENS] = _objects([most_likely(row) for row in by_row])
     return columns | {f"{key}:{name}": part[key] for name, part in found.items() for key in part if key not in columns}
+
+
+def most_likely(of_sets: Iterable[np.ndarray]) -> np.ndarray:
+    """Of the log-probs of a row's tokens after the demonstrations of several sets, float32 [tokens] each, the highest of each token.
+
+    A set of which the row is shown nothing has none.
+    """
+    known = [values for values in of_sets if len(values)]
+    return np.max(known, axis=0) if known else np.zeros(0, np.float32)
+
+
+def _objects(arrays: list[np.ndarray]) -> np.ndarray:
+    column = np.empty(len(arrays), object)
+    column[:] = arrays
+    return column
 
 
 def balanced_score(config: ICAConfig, columns: dict[str, np.ndarray]) -> np.ndarray:

@@ -90,6 +90,7 @@ class ScoringContext:
             self.holdout.examples,
             length_normalize=self.length_normalize,
             progress=self.progress,
+            keep_tokens=self.config.drop_tokens is not None,
         )
 
     @cached_property

@@ -25,12 +25,15 @@ class Scores:
         score: context − base, with the sign turned for undesirable unpaired rows; NaN where a row has no
             supervised token or no demonstration.
         sums: float64 [n, sequences]; summed log-prob of each sequence without demonstrations, NaN where not scored.
+        tokens: of each row float32 [supervised tokens], the log-prob of each after the demonstrations; none where it has no
+            demonstration, or where tokens were not asked for.
     """
 
     base: np.ndarray
     context: np.ndarray
     score: np.ndarray
     sums: np.ndarray
+    tokens: list[np.ndarray]
 
 
 def ica_scores(
@@ -41,6 +44,7 @@ def ica_scores(
     *,
     length_normalize: bool,
     progress: Progress = lambda done: None,
+    keep_tokens: bool = False,
 ) -> Scores:
     """ICA scores (arXiv 2510.14459, eq. 7, for pairs with the difference of chosen and rejected).
 
@@ -54,7 +58,9 @@ def ica_scores(
         holdout: holdout rows.
         length_normalize: mean log-prob per token instead of the sum.
         progress: called with the number of sequences done, 2 per sequence of each scored row.
+        keep_tokens: keep the log-probs of single tokens too; of pairs there are none.
     """
+    tokens = [np.zeros(0, np.float32)] * len(examples)
     scored = [i for i, row in enumerate(examples) if row.can_be_scored]
     # Rows with the same first demonstrations next to each other: they share that part of the forward.
     scored.sort(key=lambda i: demonstrations[i])
@@ -67,13 +73,16 @@ def ica_scores(
             shown = [holdout[d].demonstration for d in demonstrations[i]]
             for sequence in examples[i].sequences:
                 flat += [sequence, in_context(sequence, shown)]
-        values = iter(engine.logprobs(flat, progress))
-        for i in block:
+        of_tokens: list[np.ndarray] | None = [] if keep_tokens else None
+        values = iter(engine.logprobs(flat, progress, of_tokens))
+        for place, i in enumerate(block):
+            if of_tokens is not None and demonstrations[i] and len(examples[i].sequences) == 1:
+                tokens[i] = of_tokens[2 * place + 1]
             sums = []
             for side, sequence in enumerate(examples[i].sequences):
-                tokens = int(sequence.scored.sum()) if length_normalize else 1
+                counted = int(sequence.scored.sum()) if length_normalize else 1
                 alone[i, side] = next(values)
-                sums.append((alone[i, side] / tokens, next(values) / tokens))
+                sums.append((alone[i, side] / counted, next(values) / counted))
             base[i], context[i] = sums[0] if len(sums) == 1 else np.subtract(sums[0], sums[1])
     score = context - base
     for i, row in enumerate(examples):
@@ -81,7 +90,7 @@ def ica_scores(
             score[i] = np.nan
         elif not row.desirable:
             score[i] = -score[i]
-    return Scores(base, context, score, alone)
+    return Scores(base, context, score, alone, tokens)
 
 
 def in_context(sequence: Sequence, demonstrations: list[Sequence]) -> Sequence:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..config import check_quantiles
+from ..block import check_quantiles
 from ..data.scores import read_scores
 from ..errors import ICAError
 from ..run.files import MOVED_ROWS, SOURCE_ROWS

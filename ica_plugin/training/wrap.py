@@ -28,8 +28,8 @@ class Run(Protocol):
         """Called before the micro-batches of an optimizer step are taken; returns where to take them from."""
         ...
 
-    def applied(self, rows: torch.Tensor) -> AbstractContextManager[None]:
-        """Around the loss of a batch with these row ids."""
+    def applied(self, rows: torch.Tensor, inputs: Any) -> AbstractContextManager[None]:
+        """Around the loss of a batch, `inputs`, with these row ids."""
         ...
 
     def save_state(self, folder: str) -> None:
@@ -141,7 +141,7 @@ class Hooks:
                     "or the collator after ica_plugin was attached; please report the host and its version."
                 )
             # Weights are looked up here, in the main process, so that a refresh reaches batches that workers have built already.
-            with self._run.applied(rows):
+            with self._run.applied(rows, inputs):
                 return host(model, inputs, *args, **kwargs)
 
         return weighted_loss

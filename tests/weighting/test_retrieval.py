@@ -72,6 +72,21 @@ def test_the_choice_depends_on_the_row_alone(retrieval):
     assert choose(retrieval, k=2, rows=[2, 0]) == [together[2], together[0]]
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [["天气很好", "数学很难", "猫在睡觉"], ["3", "7", "9"], ["😀😀", "🚀", "🐈 🐈"]],
+    ids=["chinese", "digits", "emoji"],
+)
+def test_bm25_reads_what_has_no_spaces(texts):
+    """Without words between spaces every row was shown holdout rows 0 … k − 1."""
+    tokenizer = tiny.make_tokenizer()
+    tokens = [tokenizer(text)["input_ids"] for text in texts]
+    holdout = [row([*prompt, 5], (900 + place,)) for place, prompt in enumerate(tokens)]
+    train = [row([*prompt, 6], (910 + place,)) for place, prompt in enumerate(tokens)]
+    assert choose("bm25", train=train, holdout=holdout) == [[0], [1], [2]]
+    assert choose("bm25", train=train[::-1], holdout=holdout) == [[2], [1], [0]]
+
+
 def test_random_choices_follow_the_seed():
     many = [row([i, i + 1], (i,)) for i in range(100, 160)]
     assert choose("random", train=many) == choose("random", train=many)

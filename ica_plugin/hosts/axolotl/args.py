@@ -8,6 +8,7 @@ from axolotl.utils.dict import DictDefault
 from pydantic import BaseModel, field_serializer, model_validator
 
 from ...config import ICAConfig, parse_config
+from ...data.store import Kind
 from ...errors import ICAError
 from ...training.refusals import SHARDED
 
@@ -76,6 +77,15 @@ def refuse_unsupported(cfg: DictDefault) -> None:
     for key, why in UNSUPPORTED_KEYS.items():
         if cfg[key]:
             raise ICAError(f"{key} is not supported by ica_plugin: {why}.")
+    if cfg.ica:
+        config_of(cfg).check_kind(kind_of(cfg))
+
+
+def kind_of(cfg: DictDefault) -> Kind:
+    """What the rows of an Axolotl config are."""
+    if not cfg.rl:
+        return "sft"
+    return "unpaired" if str(getattr(cfg.rl, "value", cfg.rl)) == "kto" else "pair"
 
 
 def moved_rows(cfg: DictDefault) -> str:

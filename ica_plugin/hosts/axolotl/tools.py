@@ -22,7 +22,7 @@ from ...data.summary import summary
 from ...errors import ICAError
 from ...run.callback import ICACallback
 from ...versions import warn_if_untested
-from .args import DATASET_MOVES, config_of, moved_rows, refuse_unsupported
+from .args import DATASET_MOVES, config_of, kind_of, moved_rows, refuse_unsupported
 from .holdout import AxolotlHoldout
 
 
@@ -46,12 +46,12 @@ def validate(path: Path) -> dict[str, Any]:
     train = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg).train_dataset
     load = AxolotlHoldout(cfg, tokenizer)
     if cfg.rl:  # preference rows are tokenised by the trainer, which needs the model
-        return summary(config, train, load, tokenised=False, moved_rows=moved_rows(cfg))
+        return summary(config, train, load, kind=kind_of(cfg), moved_rows=moved_rows(cfg))
     model = AutoConfig.from_pretrained(
         cfg.base_model, revision=cfg.revision_of_model or "main", trust_remote_code=bool(cfg.trust_remote_code)
     ).get_text_config()
     context = getattr(model, "max_position_embeddings", None)
-    return summary(config, train, load, tokenised=True, context=context, moved_rows=moved_rows(cfg))
+    return summary(config, train, load, context=context, moved_rows=moved_rows(cfg))
 
 
 def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, tuple[np.ndarray, int] | None]:

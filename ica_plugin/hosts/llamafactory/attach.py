@@ -42,6 +42,7 @@ def refuse_unsupported(args: dict[str, Any], config: ICAConfig) -> None:
             "pref_bco_weight adds the BCO loss, which couples rows by a running mean over batches, so no single row's gradient "
             "can be weighted. Remove pref_bco_weight."
         )
+    config.check_kind({"dpo": "pair", "kto": "unpaired"}.get(stage, "sft"))
     for key in ("deepspeed", "fsdp"):
         if args.get(key):
             raise ICAError(f"{key} {SHARDED}")

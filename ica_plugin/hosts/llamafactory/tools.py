@@ -50,7 +50,7 @@ def validate(path: Path) -> dict[str, Any]:
     model = AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=model_args.trust_remote_code
     ).get_text_config()
-    return summary(config, train, load, tokenised=True, context=getattr(model, "max_position_embeddings", None))
+    return summary(config, train, load, context=getattr(model, "max_position_embeddings", None))
 
 
 def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, None]:

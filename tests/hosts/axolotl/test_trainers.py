@@ -11,6 +11,7 @@ from checks import (
     check_all_weights_one,
     check_gradients,
     check_scores,
+    check_token_gradients,
     check_weights_stay_with_rows,
 )
 from ica_plugin.errors import ICAError
@@ -48,6 +49,12 @@ def test_gradients_of_packed_sft(maker, tmp_path):
     # position_ids tell the packed rows apart, so the packed loss is the token mean of the single rows.
     make = maker("sft", tiny.sft_rows(16, turns=2), sample_packing=True, sample_packing_drop_attention_mask=True)
     check_gradients(make, tmp_path, token_mean=True, packed=True)
+
+
+def test_gradients_of_tokens(maker):
+    check_token_gradients(maker("sft", ROWS["sft"]()))
+    packed = maker("sft", tiny.sft_rows(16, turns=2), sample_packing=True, sample_packing_drop_attention_mask=True)
+    check_token_gradients(packed, micro_batch=1, drop=("length", "attention_mask"))
 
 
 def test_gradients_of_kto(maker, tmp_path):

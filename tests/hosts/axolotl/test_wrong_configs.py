@@ -187,3 +187,9 @@ def test_validate_checks_a_config_without_the_model(config, kind):
     path = config(kind=kind, ica={"k": 0})
     load = CliRunner().invoke(app, ["validate", str(path)])
     assert load.exit_code == 1 and "greater than or equal to 1" in load.output
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_tokens_of_preference_rows_are_refused_before_anything_is_loaded(config, kind):
+    path = config(kind=kind, ica={"drop_tokens": "auto"})
+    assert "ica.drop_tokens: the run trains on" in message_of(path, load_config)

@@ -13,6 +13,7 @@ from checks import (
     check_kto_gradients,
     check_packed_gradients,
     check_scores,
+    check_token_gradients,
     check_weights_stay_with_rows,
     write_weights,
 )
@@ -59,6 +60,11 @@ def test_gradients_of_neat_packing(make, tmp_path):
 
 def test_gradients_of_plain_packing(make, tmp_path):
     check_packed_gradients(make("sft"), tmp_path, bins=2, isolated=False, packing=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"neat_packing": True}], ids=["plain", "neat-packing"])
+def test_gradients_of_tokens(make, settings):
+    check_token_gradients(make("sft"), micro_batch=2 if settings else 4, **settings)
 
 
 def test_gradients_of_kto(make, tmp_path):

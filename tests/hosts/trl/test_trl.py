@@ -21,6 +21,7 @@ from checks import (
     check_kto_gradients,
     check_packed_gradients,
     check_scores,
+    check_token_gradients,
     check_weights_stay_with_rows,
     write_weights,
 )
@@ -73,6 +74,13 @@ def test_gradients_of_packed_sft(make, tmp_path, strategy):
 
 def test_gradients_of_padding_free_sft(make, tmp_path):
     check_gradients(make("sft", padding_free=True, max_length=None), tmp_path, token_mean=True)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"padding_free": True, "max_length": None}, PACKING], ids=["plain", "padding-free", "packed"]
+)
+def test_gradients_of_tokens(make, settings):
+    check_token_gradients(make("sft"), micro_batch=2 if settings is PACKING else 4, **settings)
 
 
 def test_gradients_of_kto(make, tmp_path):
