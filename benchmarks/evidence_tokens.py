@@ -52,7 +52,7 @@ def token_logprobs(callback: ICACallback) -> TokenLogprobs:
     def both(examples: list[Example], shown: list[list[int]]) -> dict[bool, list[np.ndarray]]:
         alone = [row.sequences[0] for row in examples]
         after = [
-            in_context(row, [holdout.examples[i].demonstration.tokens for i in demonstrations])
+            in_context(row, [holdout.examples[i].demonstration for i in demonstrations])
             for row, demonstrations in zip(alone, shown, strict=True)
         ]
         return {True: _of_each_token(engine, after), False: _of_each_token(engine, alone)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -167,16 +166,6 @@ class Engine:
             device = next(model.parameters()).device
             self._beside[model] = Engine(model, device=device, autocast=self._autocast, budget=self.budget)
         return self._beside[model]
-
-    def forward_seconds(self, rows: list[Sequence]) -> float:
-        """Seconds of one padded forward over `rows`, the faster of two: the first may have to warm up."""
-        seconds = []
-        with self.undisturbed():
-            for _ in range(2):
-                begin = time.monotonic()
-                self.padded.token_logprobs(rows)  # its result is on the CPU, so the device has finished
-                seconds.append(time.monotonic() - begin)
-        return min(seconds)
 
     def _in_batches(
         self,
