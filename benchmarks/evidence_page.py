@@ -32,6 +32,7 @@ def write_page() -> None:
         picture = f"![{name}: what each method changes](evidence/{name}.png)"
         text = _between(text, name, described(results), methods(results), picture, scorers(results))
     text = _between(text, "ways", ways({name: results for name, results in found.items() if name in WAYS}))
+    text = _between(text, "tokens", tokens({name: found[name] for name in SFT if name in found}))
     PAGE.write_text(text)
 
 
@@ -46,6 +47,32 @@ def _between(text: str, name: str, *parts: str) -> str:
 
 # The settings in which ways to train with weights are compared, and the metric of each.
 WAYS = {"noise": "loss", "off-target": "loss", "preferences": "margin", "simpo": "margin"}
+
+
+# Those of SFT; in the last two nothing is spoilt.
+SFT = ("noise", "off-target", "gsm8k", "alpaca")
+
+
+def tokens(found: dict[str, dict[str, Any]]) -> str:
+    """Table of what leaving tokens out gains, alone and with the best half drawn, in every SFT setting."""
+    names = {run["method"] for results in found.values() for run in results["runs"] if ", tokens above " in run["method"]}
+    drawn = f"{SCORE['noise']}, top, drawn"
+    lines = []
+    for method in [drawn, *sorted(names)]:
+        gained = [_gain_cell(gains(results, method, "loss"), "loss") for results in found.values()]
+        left = [_left_out(results, method) for results in found.values()]
+        lines.append(f"| {method} | {' | '.join(f'{gain}{share}' for gain, share in zip(gained, left, strict=True))} |")
+    for method in sorted(name for name in names if name.startswith(drawn)):
+        cells = [_gain_cell(gains(results, method, "loss", drawn), "loss") for results in found.values()]
+        lines.append(f"| the same less the best half drawn: tokens above{method.rpartition('above')[2]} | {' | '.join(cells)} |")
+    return "\n".join(
+        [f"| gain in loss over no weighting (tokens left out) | {' | '.join(found)} |", "|" + "---|" * (len(found) + 1), *lines]
+    )
+
+
+def _left_out(results: dict[str, Any], method: str) -> str:
+    shares = [run["tokens left out"] for run in _of(results, method).values() if "tokens left out" in run]
+    return f", {np.mean(shares):.1%} of tokens" if shares else ""
 
 
 def ways(found: dict[str, dict[str, Any]]) -> str:

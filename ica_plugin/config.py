@@ -68,9 +68,10 @@ class ICAConfig(Block):
         description="Of `apply: sample` with a refresh in steps: rows scored per row trained; each once before any again.",
     )
     drop_tokens: Literal["auto"] | float | None = Field(
-        None,
+        "auto",
         description="SFT: supervised tokens that stay surprising after the demonstrations are left out of the loss. auto: those less likely "
-        "than all but 1 % of the holdout's own tokens; or a share of the train tokens, as in 0.1.",
+        "than all but 1 % of the holdout's own tokens; or a share of the train tokens, as in 0.1; null: none. Where it is not given, auto "
+        "with a frozen output embedding (LoRA), else null.",
     )
     epoch_share: float = Field(
         1.0, gt=0, le=1, description="Of `apply: sample`: places of an epoch as a share of the rows; below 1 a shorter run."
@@ -148,18 +149,25 @@ class ICAConfig(Block):
 
     def check_kind(self, kind: str) -> None:
         """Raise ICAError for a key that does not go with rows of this kind: sft, pair or unpaired."""
-        if self.drop_tokens is not None and kind != "sft":
+        if self._names("drop_tokens") and self.drop_tokens is not None and kind != "sft":
             raise ICAError(
                 f"ica.drop_tokens: the run trains on {'preference pairs' if kind == 'pair' else 'KTO rows'}, whose loss is no mean over "
                 "tokens, so that none can be left out of it. Remove the key; it goes with SFT."
             )
 
-    def resolved(self, kind: str, draws: bool) -> ICAConfig:
+    def _may_drop(self, kind: str) -> bool:
+        return kind == "sft" and self.budget is None and self.weights is None
+
+    def _names(self, key: str) -> bool:
+        return key in self.model_fields_set
+
+    def resolved(self, kind: str, draws: bool, drops: bool = True) -> ICAConfig:
         """The block with what the evidence says in place of every `auto` (docs/evidence.md).
 
         Args:
             kind: of the run's rows: sft, pair or unpaired.
             draws: single rows can be drawn, so that `apply: auto` means `sample`.
+            drops: tokens can be left out whatever the host's loss is, so that they are without being asked for.
 
         Raises:
             ICAError: a key that does not go with these rows.
@@ -174,6 +182,7 @@ class ICAConfig(Block):
                 "apply": apply,
                 "weighting": weighting if self.weighting == "auto" else self.weighting,
                 "score": score if self.score == "auto" else self.score,
+                "drop_tokens": self.drop_tokens if self._names("drop_tokens") or (drops and self._may_drop(kind)) else None,
                 "length_normalize": kind == "pair" if self.length_normalize is None else self.length_normalize,
             }
         )
@@ -215,7 +224,8 @@ def check_together(block: ICAConfig) -> None:
         raise ValueError("`holdout` is required: a path, a hub id or a dataset entry (or give `weights`)")
     if block.epoch_share < 1 and block.apply == "gradient":
         raise ValueError("`epoch_share` below 1 goes with `apply: sample`: set that, or remove it")
-    if block.drop_tokens is not None and (block.weights is not None or block.budget is not None):
+    named = "drop_tokens" in block.model_fields_set and block.drop_tokens is not None
+    if named and (block.weights is not None or block.budget is not None):
         other = "weights" if block.weights is not None else "budget"
         raise ValueError(f"`drop_tokens` needs every row scored, and with `{other}` that is not so; remove one of them")
     if block.budget is not None and (block.score not in ("auto", "ica") or len(block.sets) > 1):

@@ -15,7 +15,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # Keys of a block whose defaults follow the run; tests of the parts name what they are of.
-NAMED = {"score": "ica", "weighting": "softmax", "apply": "gradient"}
+NAMED = {"score": "ica", "weighting": "softmax", "apply": "gradient", "drop_tokens": None}
 WORDS = "red green blue seven nine apples pears sum of and the cat sails home under a quiet moon counts".split()
 
 

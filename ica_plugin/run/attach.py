@@ -21,6 +21,7 @@ from ..log import get_logger
 from ..policy.model import model_context
 from ..policy.reference import reference_of
 from ..scorers import require
+from ..training.injection import trains_output_embedding
 from ..training.refusals import refuse_what_cannot_be_weighted
 from ..training.wrap import Hooks
 from .callback import ICACallback
@@ -101,7 +102,13 @@ def _resolved(trainer: Trainer, config: ICAConfig, train: Rows, row_ids: list[An
             f"ica.apply: sample: {why}. Switch that off (Axolotl's `sample_packing` can stay: it packs what is drawn), or set "
             "`apply: gradient`."
         )
-    resolved = config.resolved(train.kind, draws=not why)
+    # A fused loss that computes no logits would pass by token weights where the output embedding is trained.
+    trained = trains_output_embedding(trainer.model)
+    resolved = config.resolved(train.kind, draws=not why, drops=not trained)
+    if trained and resolved.drop_tokens is None and config.resolved(train.kind, draws=not why).drop_tokens is not None:
+        get_logger().info(
+            "drop_tokens: null, since the output embedding is trained. `drop_tokens: auto` asks for it; not with a fused loss."
+        )
     if why and config.apply == "auto":
         get_logger().info("apply: gradient, since %s: each is trained once, and its gradient scaled.", why)
     return resolved

@@ -204,7 +204,7 @@ class Scoring:
             leave=False,
             disable=self.trainer.args.disable_tqdm or not self.trainer.is_local_process_zero(),
         ) as bar:
-            for block in self._blocks(rows, demonstrations):
+            for block in blocks(self.train, self.holdout, rows, demonstrations):
                 at = block[~done[block]]
                 if len(at) == 0 and columns:
                     continue
@@ -215,18 +215,6 @@ class Scoring:
                     parts.add("scores", found)
                 take(at, found)
         return columns
-
-    def _blocks(self, rows: list[int], demonstrations: list[list[int]]) -> list[np.ndarray]:
-        """Places in `rows` of blocks of about TOKENS_PER_BLOCK; at least one, which may be empty.
-
-        Rows with the same first demonstrations next to each other: they share that part of the forward.
-        """
-        lengths, sides = self.train.lengths[rows].sum(axis=1), self.train.lengths.shape[1]
-        shown = np.array([row.demonstration.tokens.size for row in self.holdout.examples])
-        tokens = [2 * n + sides * int(shown[demos].sum()) for n, demos in zip(lengths.tolist(), demonstrations, strict=True)]
-        order = np.array(sorted(range(len(rows)), key=demonstrations.__getitem__), int)
-        block_of = np.cumsum(np.array(tokens, int)[order]) // TOKENS_PER_BLOCK
-        return [np.sort(at) for at in np.split(order, np.flatnonzero(np.diff(block_of)) + 1)]
 
     def context(
         self,
@@ -252,3 +240,16 @@ class Scoring:
             once={} if once is None else once,
             progress=progress,
         )
+
+
+def blocks(train: Rows, holdout: Holdout, rows: list[int], demonstrations: list[list[int]]) -> list[np.ndarray]:
+    """Places in `rows` of blocks of about TOKENS_PER_BLOCK; at least one, which may be empty.
+
+    Rows with the same first demonstrations next to each other: they share that part of the forward.
+    """
+    lengths, sides = train.lengths[rows].sum(axis=1), train.lengths.shape[1]
+    shown = np.array([row.demonstration.tokens.size for row in holdout.examples])
+    tokens = [2 * n + sides * int(shown[demos].sum()) for n, demos in zip(lengths.tolist(), demonstrations, strict=True)]
+    order = np.array(sorted(range(len(rows)), key=demonstrations.__getitem__), int)
+    block_of = np.cumsum(np.array(tokens, int)[order]) // TOKENS_PER_BLOCK
+    return [np.sort(at) for at in np.split(order, np.flatnonzero(np.diff(block_of)) + 1)]
