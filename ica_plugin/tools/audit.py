@@ -63,7 +63,8 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
         scorers: rank correlation, overlap of the best and of the worst tenth, chance is 0.1), `influence` (the same of each
         scorer with exact influence; empty for a full finetune), `sensitivity` (of ICA), `noise` (AUROC by kind of
         corruption and scorer: 1 ranks every clean row above its corrupted copies, 0.5 is chance; `noise left out` has the kinds
-        that fewer than 5 of the planted rows allow), `rows` (the sample's, best first by the block's own score, with the weight that
+        that fewer than 5 of the planted rows allow), `tokens` (the same of altered tokens against untouched ones, where a corruption
+        keeps the others in their places), `rows` (the sample's, best first by the block's own score, with the weight that
         they would have among themselves and their text) and `values` (the sample's scores by scorer).
     """
     rng = np.random.default_rng(callback.config.seed)
@@ -75,7 +76,7 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
     names = list(dict.fromkeys([*(scorers or _defined(callback)), own]))
     sample.score(names)
     values = {name: sample.total(name) for name in names}
-    noise, left_out = sample.noise(names, planted, rng)
+    noise, of_tokens, left_out = sample.noise(names, planted, rng)
     return {
         "data": _data(callback, scorable) | {"rows in the sample": len(sample.rows), "score of the config": own},
         "scores": [_described(name, values[name], sample) for name in names],
@@ -87,6 +88,7 @@ def audit_numbers(callback: ICACallback, *, rows: int, planted: int, scorers: li
         else [],
         "sensitivity": sample.sensitivity(),
         "noise": noise,
+        "tokens": of_tokens,
         "noise left out": left_out,
         "rows": _rows(sample, values),
         "values": {name: column.tolist() for name, column in values.items()},

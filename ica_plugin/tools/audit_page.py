@@ -79,7 +79,17 @@ def _of_noise(numbers: Numbers) -> list[Section]:
     text += " Chance is given with two standard deviations."
     for kind, found in numbers["noise left out"].items():
         text += f" Left out: {kind}, which only {found} of the planted rows allow; plant more."
-    return [Section("Planted noise", text, picture(_auroc(numbers)) if numbers["noise"] else "", numbers["noise"])]
+    found = [Section("Planted noise", text, picture(_auroc(numbers)) if numbers["noise"] else "", numbers["noise"])]
+    if numbers["tokens"]:
+        found.append(
+            Section(
+                "Altered tokens",
+                "AUROC of an untouched token against an altered one, by its log-prob after the demonstrations, without them, and by their "
+                "difference: what `drop_tokens` can see.",
+                rows=numbers["tokens"],
+            )
+        )
+    return found
 
 
 def _finite(column: list[float]) -> np.ndarray:

@@ -14,7 +14,7 @@ Numbers = dict[str, Any]
 MOST_ROWS = 2000  # in the table: a browser searches and sorts so many without waiting
 DEAR = 0.25  # scoring over training from which the cheaper settings are named
 # Of the scores file, what the table has already or a reader has no use for.
-KNOWN_COLUMNS = {"row", "refresh", "step", "score", "weight", "tokens", "demos", "draws", "source"}
+KNOWN_COLUMNS = {"row", "refresh", "step", "score", "weight", "tokens", "demos", "draws", "source", "dropped_tokens"}
 
 
 def verdicts(numbers: Numbers) -> list[Verdict]:
@@ -115,6 +115,8 @@ def row_table(rows: list[dict[str, Any]], table: dict[str, list], text: RowText 
     about = (
         "" if len(rows) <= MOST_ROWS else f"The {half} rows of the highest and the {half} of the lowest weight, of {len(rows)}. "
     )
+    if "dropped_tokens" in table:
+        about += "Tokens left out of the loss are struck through. "
     about += (
         "`row` is the index into the trainer's train rows."
         if text
@@ -124,15 +126,22 @@ def row_table(rows: list[dict[str, Any]], table: dict[str, list], text: RowText 
         [
             {name: value for name, value in row.items() if name not in hidden}
             | {name: table[name][newest[row["row"]]] for name in scorers}
-            | ({} if text is None else _of_text(text, row["row"], table["demos"][newest[row["row"]]]))
+            | _of_text(
+                text, row["row"], {name: table[name][newest[row["row"]]] for name in ("demos", "dropped_tokens") if name in table}
+            )
             for row in shown
         ],
         about,
     )
 
 
-def _of_text(text: RowText, row: int, demonstrations: list[int] | None) -> dict[str, str]:
-    return text.of_row(row) | {"demonstrations": text.of_demonstrations(demonstrations or [])}
+def _of_text(text: RowText | None, row: int, line: dict[str, list[int] | None]) -> dict[str, Any]:
+    """What a row's line of the scores file tells of its tokens, and its text where that is known."""
+    dropped = line.get("dropped_tokens")
+    found: dict[str, Any] = {} if dropped is None else {"tokens left out": len(dropped)}
+    if text is None:
+        return found
+    return found | text.of_row(row, dropped or []) | {"demonstrations": text.of_demonstrations(line["demos"] or [])}
 
 
 def sections(numbers: Numbers) -> list[Section]:

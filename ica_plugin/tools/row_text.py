@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from ..errors import ICAError
 from ..run.callback import ICACallback
 
 ROW, DEMONSTRATION = 600, 200  # characters shown
+STROKE = "\u0336"  # combines with the character before it
 
 
 class RowText:
@@ -23,12 +28,28 @@ class RowText:
         self._train, self._holdout = callback.train, callback.holdout
         self._tokenizer = callback.trainer.processing_class
 
-    def of_row(self, row: int, limit: int = ROW) -> dict[str, str]:
-        """The beginning of a row's text; of a pair, `text` is the chosen one, and `rejected` stands beside it."""
+    def of_row(self, row: int, dropped: Collection[int] = (), limit: int = ROW) -> dict[str, str]:
+        """The beginning of a row's text; of a pair, `text` is the chosen one, and `rejected` stands beside it.
+
+        Args:
+            row: index of a train row.
+            dropped: places of tokens that are left out of the loss; they are struck through.
+            limit: characters.
+        """
         sequences = self._train[row].sequences
+        if dropped:
+            return {"text": self._struck(sequences[0].tokens[:limit], set(dropped))}
         return {
             side: self._shortened(sequence.tokens, limit) for side, sequence in zip(("text", "rejected"), sequences, strict=False)
         }
+
+    def _struck(self, tokens: np.ndarray, dropped: set[int]) -> str:
+        """The text with a stroke over each character of the dropped tokens: text alone, which needs no markup."""
+        parts = []
+        for gone, places in groupby(range(len(tokens)), key=dropped.__contains__):
+            part = self._tokenizer.decode(tokens[list(places)])
+            parts.append("".join(f"{character}{STROKE}" for character in part) if gone else part)
+        return "".join(parts)
 
     def of_demonstrations(self, holdout_rows: list[int]) -> str:
         """The beginnings of holdout rows, in the order in which they are shown."""

@@ -15,6 +15,7 @@ from ..log import get_logger
 from ..run.callback import ICACallback
 from ..scorers import balanced_score, scores_for_sets
 from ..scorers.context import ScoringContext
+from ..scorers.in_context import in_context
 from .measures import agreement, auroc
 from .noise import corrupted
 
@@ -82,9 +83,11 @@ class Sample:
             found.append({"ICA with": "one half of the holdout against the other", **agreement(first, second)})
         return found
 
-    def noise(self, names: list[str], planted: int, rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, int]]:
-        """AUROC of each scorer for clean rows against their corrupted copies, scored together; and the kinds of corruption
-        that too few of the planted rows allow, with how many do."""
+    def noise(
+        self, names: list[str], planted: int, rng: np.random.Generator
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, int]]:
+        """AUROC of each scorer for clean rows against their corrupted copies, scored together; the same of single tokens; and the
+        kinds of corruption that too few of the planted rows allow, with how many do."""
         train = self.callback.train
         # A corrupted undesirable row is rightly the better one.
         good = [i for i, row in enumerate(self.rows) if train.desirable[row]]
@@ -98,7 +101,7 @@ class Sample:
             else:
                 copies[kind] = here
         if not copies:
-            return [], left_out
+            return [], [], left_out
         columns = self._score_beside(clean, picked, copies, names)
         result, start = [], len(clean)
         for kind, here in copies.items():
@@ -110,7 +113,33 @@ class Sample:
                 | {name: auroc(self.total(name, part), len(here)) for name in names}
             )
             start += len(here)
-        return result, left_out
+        of_tokens = [self._altered(kind, clean, picked, here) for kind, here in copies.items()]
+        return result, [line for line in of_tokens if line], left_out
+
+    def _altered(self, kind: str, clean: list[Example], picked: list[int], copies: dict[int, Example]) -> dict[str, Any]:
+        """AUROC of untouched tokens against altered ones, in the copies that kept their row's length; {} where there are none."""
+        kept = {
+            i: (copy.sequences[0], clean[i].sequences[0])
+            for i, copy in copies.items()
+            if len(copy.sequences) == 1 and len(copy.sequences[0].tokens) == len(clean[i].sequences[0].tokens)
+        }
+        holdout, engine = self.callback.holdout.examples, self.callback.scoring.engine
+        after: list[np.ndarray] = []
+        alone: list[np.ndarray] = []
+        shown = [[holdout[row].demonstration for row in self.demonstrations[picked[i]]] for i in kept]
+        engine.logprobs([in_context(copy, of_row) for (copy, _), of_row in zip(kept.values(), shown, strict=True)], tokens=after)
+        engine.logprobs([copy for copy, _ in kept.values()], tokens=alone)
+        altered = [(copy.tokens != own.tokens)[copy.scored] for copy, own in kept.values()]
+        if not altered or not np.concatenate(altered).any() or np.concatenate(altered).all():
+            return {}
+        bad = np.concatenate(altered)
+        in_order = np.argsort(bad, kind="stable")
+        ways = {"in context": np.concatenate(after), "without context": np.concatenate(alone)}
+        ways["their difference"] = ways["in context"] - ways["without context"]
+        clean_tokens = int((~bad).sum())
+        return {"corruption": kind, "tokens": len(bad), "altered": int(bad.sum())} | {
+            name: auroc(values[in_order], clean_tokens) for name, values in ways.items()
+        }
 
     def _score_beside(
         self, clean: list[Example], picked: list[int], copies: dict[str, dict[int, Example]], names: list[str]
@@ -142,7 +171,7 @@ class Sample:
     def _score(self, parts: list[str], context: ScoringContext | None = None) -> Columns:
         """Scores of the sample, or of a context's rows, computed together."""
         context = context or self.callback.scoring.context(self.rows, self.demonstrations)
-        config = self.callback.config.model_copy(update={"score": " + ".join(parts)})
+        config = self.callback.config.model_copy(update={"score": " + ".join(parts), "drop_tokens": None})
         return scores_for_sets(dataclasses.replace(context, config=config))
 
     def _ica(self, demonstrations: list[list[int]] | None = None, **of_context: Any) -> np.ndarray:

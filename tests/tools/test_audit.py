@@ -68,6 +68,9 @@ def test_numbers_and_page(callback, tmp_path):
     rng, rows = np.random.default_rng(0), numbers["noise"][0]["rows"]
     by_chance = [auroc(rng.normal(size=2 * rows), rows) for _ in range(3000)]
     assert float(numbers["noise"][0]["chance"].removeprefix("0.5 ± ")) == pytest.approx(2 * np.std(by_chance), rel=0.05)
+    assert numbers["tokens"] and all(line["corruption"] in kinds for line in numbers["tokens"])
+    for line in numbers["tokens"]:
+        assert 0 < line["altered"] < line["tokens"] and all(0 <= line[way] <= 1 for way in ("in context", "without context"))
     best, worst = numbers["rows"][0], numbers["rows"][-1]
     assert best["ica"] == ica.max() and worst["ica"] == ica.min() and len(numbers["rows"]) == 24
     decode = callback.trainer.processing_class.decode
@@ -141,6 +144,7 @@ def an_audit(**of_scorers):
             "rows in the sample": 100,
             "shown as demonstrations": 50,
         },
+        "tokens": [],
         "noise": [{"corruption": "words shuffled", "rows": 40, "chance": "0.5 ± 0.13"} | of_scorers],
         "values": dict.fromkeys(of_scorers, []),
         "sensitivity": [{"ICA with": "one half of the holdout against the other", "rank correlation": 0.8}],

@@ -15,7 +15,7 @@ from ica_plugin.run.callback import ICACallback
 from ica_plugin.tools.against import compared
 from ica_plugin.tools.cli import app
 from ica_plugin.tools.report import report_numbers, write_report
-from ica_plugin.tools.row_text import text_of_run
+from ica_plugin.tools.row_text import RowText, text_of_run
 from runs import build, run, tokenised
 
 
@@ -96,6 +96,22 @@ def test_text_stands_beside_the_very_rows_and_never_beside_others(finished, tmp_
     assert "with --config" not in page and "demonstrations" in page
     with pytest.raises(ICAError, match="are not those of the run"):
         text_of_run(host_of(1)[0], tmp_path / "config.yml", run_record)
+
+
+def test_dropped_tokens_are_struck_through(tmp_path):
+    trainer = run(tmp_path, {"drop_tokens": 0.3}, max_steps=1)
+    callback = next(one for one in trainer.callback_handler.callbacks if isinstance(one, ICACallback))
+    host = SimpleNamespace(attached=lambda config, changes: (callback, None))
+    lines = {line["row"]: line for line in pq.read_table(tmp_path / "ica" / "scores.parquet").to_pylist()}
+    row = max(lines, key=lambda row: len(lines[row]["dropped_tokens"]))
+    dropped, tokens = lines[row]["dropped_tokens"], callback.train[row].sequences[0].tokens
+    text = RowText(callback).of_row(row, dropped)["text"]
+    struck = [a for a, b in zip(text, text[1:], strict=False) if b == "\u0336"]
+    decode = callback.trainer.processing_class.decode
+    assert "".join(struck) == "".join(decode([token]) for place, token in enumerate(tokens) if place in dropped)
+    assert len(text.replace("\u0336", "")) >= len(decode(tokens))
+    page = write_report(tmp_path, tmp_path / "report.html", host=host, config=tmp_path / "config.yml").read_text()
+    assert "are struck through" in page and "tokens left out" in page
 
 
 def test_against_a_run_without_the_block(finished, tmp_path):
