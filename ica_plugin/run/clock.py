@@ -16,12 +16,19 @@ class Clock:
         self.scoring_seconds = 0.0
         self._before = 0.0  # training seconds of earlier `train()` calls, and of the run that this one resumes
         self._started: float | None = None
-        self._scored_since = 0.0
+        self._scored_since = self._seen = 0.0
 
     def begin(self) -> None:
         """A `train()` call begins, or begins over."""
-        self._before = self.training_seconds
-        self._started, self._scored_since = time.monotonic(), 0.0
+        if self._started is not None:
+            # The call before was broken off: what passed since its last step, as in a notebook overnight, is no training.
+            self._before = self._until(self._seen)
+        self._started = self._seen = time.monotonic()
+        self._scored_since = 0.0
+
+    def step(self) -> None:
+        """An optimizer step is done."""
+        self._seen = time.monotonic()
 
     def end(self) -> None:
         """It has ended."""
@@ -40,6 +47,9 @@ class Clock:
     @property
     def training_seconds(self) -> float:
         """Seconds inside `train()` without scoring."""
+        return self._until(time.monotonic())
+
+    def _until(self, now: float) -> float:
         if self._started is None:
             return self._before
-        return self._before + max(time.monotonic() - self._started - self._scored_since, 0.0)
+        return self._before + max(now - self._started - self._scored_since, 0.0)
