@@ -14,9 +14,15 @@ from ..errors import ICAError
 COUPLED_LOSSES = {"aot", "aot_pair", "aot_unpaired", "bco", "bco_pair"}
 
 
+# What serves where rows cannot be weighted while they are trained: said with each such refusal.
+CHOOSE_ROWS = (
+    "Or choose rows beforehand: `ica-plugin score` on one GPU with a config without it, `ica-plugin select`, and train what was selected "
+    "as you do now, without the plugin."
+)
+
 SHARDED = (
     "is not supported yet: its ranks must run the same forwards together, which scoring does not. Take it out of the config; one "
-    "process and DDP work."
+    f"process and DDP work. {CHOOSE_ROWS}"
 )
 
 
@@ -36,7 +42,7 @@ def refuse_what_cannot_be_weighted(trainer: Trainer) -> None:
     if coupled:
         raise ICAError(
             f"the loss `{sorted(coupled)[0]}` couples the rows of a batch, so no single row's gradient can be weighted. "
-            "Use a loss that is a mean over rows: sigmoid, ipo, hinge, simpo, orpo, kto."
+            f"Use a loss that is a mean over rows: sigmoid, ipo, hinge, simpo, orpo, kto. {CHOOSE_ROWS}"
         )
     kind = trainer.accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, field_serializer, model_validator
 from ...config import ICAConfig, parse_config
 from ...data.store import Kind
 from ...errors import ICAError
-from ...training.refusals import SHARDED
+from ...training.refusals import CHOOSE_ROWS, SHARDED
 
 SUPPORTED_RL = ("dpo", "ipo", "simpo", "orpo", "kto")
 
@@ -63,20 +63,26 @@ def refuse_unsupported(cfg: DictDefault) -> None:
     if cfg.rl and str(getattr(cfg.rl, "value", cfg.rl)) not in SUPPORTED_RL:
         raise ICAError(f"rl: {cfg.rl} is not supported by ica_plugin; supported: SFT (no `rl`), {', '.join(SUPPORTED_RL)}.")
     if cfg.reward_model or cfg.process_reward_model:
-        raise ICAError("reward models are not supported by ica_plugin: their loss has no response log-prob to weight.")
+        raise ICAError(
+            "reward models are not supported by ica_plugin: their loss has no response log-prob to weight. Or choose pairs beforehand: "
+            "`ica-plugin score` with a config of the same data as `rl: dpo`, `ica-plugin select`, and train what was selected without "
+            "the plugin."
+        )
     if cfg.streaming or cfg.pretraining_dataset:
         raise ICAError(
             "streaming and `pretraining_dataset` are not supported by ica_plugin: rows need a fixed index to keep a weight "
-            "under. List the data under `datasets` without `streaming`."
+            f"under. List the data under `datasets` without `streaming`. {CHOOSE_ROWS}"
         )
     if (cfg.context_parallel_size or 1) > 1:
-        raise ICAError("context_parallel_size > 1 is not supported by ica_plugin: rows are split over ranks. Set it to 1.")
+        raise ICAError(
+            f"context_parallel_size > 1 is not supported by ica_plugin: rows are split over ranks. Set it to 1. {CHOOSE_ROWS}"
+        )
     for key in ("deepspeed", "fsdp", "fsdp_config", "tensor_parallel_size", "expert_parallel_size"):
         if cfg[key] and cfg[key] != 1:
             raise ICAError(f"{key} {SHARDED}")
     for key, why in UNSUPPORTED_KEYS.items():
         if cfg[key]:
-            raise ICAError(f"{key} is not supported by ica_plugin: {why}.")
+            raise ICAError(f"{key} is not supported by ica_plugin: {why}. {CHOOSE_ROWS}")
     if cfg.ica:
         config_of(cfg).check_kind(kind_of(cfg))
 

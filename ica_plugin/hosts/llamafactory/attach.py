@@ -11,7 +11,7 @@ from ...config import ICAConfig
 from ...errors import ICAError
 from ...run.attach import attach_examples
 from ...run.callback import ICACallback
-from ...training.refusals import SHARDED
+from ...training.refusals import CHOOSE_ROWS, SHARDED
 from .holdout import STAGES, LlamaFactoryHoldout, dataset_info
 
 PREFERENCE_LOSSES = ("sigmoid", "ipo", "hinge", "orpo", "simpo")
@@ -30,17 +30,20 @@ def refuse_unsupported(args: dict[str, Any], config: ICAConfig) -> None:
         raise ICAError("there is an `ica:` block but `do_train` is not true, so nothing is trained. Set it, or remove the block.")
     stage = args.get("stage", "sft")
     if stage not in STAGES:
-        raise ICAError(f"stage: {stage} is not supported by ica_plugin; supported: {', '.join(STAGES)}.")
+        raise ICAError(
+            f"stage: {stage} is not supported by ica_plugin; supported: {', '.join(STAGES)}. Or choose rows beforehand: `ica-plugin score` "
+            "with a config of the same data in one of these stages, `ica-plugin select`, and train what was selected without the plugin."
+        )
     loss = args.get("pref_loss", "sigmoid")
     if stage == "dpo" and loss not in PREFERENCE_LOSSES:
         raise ICAError(
             f"pref_loss: {loss} couples the rows of a batch, so no single row's gradient can be weighted. Use one of "
-            f"{', '.join(PREFERENCE_LOSSES)}."
+            f"{', '.join(PREFERENCE_LOSSES)}. {CHOOSE_ROWS}"
         )
     if stage == "dpo" and float(args.get("pref_bco_weight") or 0) > 0:
         raise ICAError(
             "pref_bco_weight adds the BCO loss, which couples rows by a running mean over batches, so no single row's gradient "
-            "can be weighted. Remove pref_bco_weight."
+            f"can be weighted. Remove pref_bco_weight. {CHOOSE_ROWS}"
         )
     config.check_kind({"dpo": "pair", "kto": "unpaired"}.get(stage, "sft"))
     for key in ("deepspeed", "fsdp"):
@@ -52,7 +55,7 @@ def refuse_unsupported(args: dict[str, Any], config: ICAConfig) -> None:
         elsewhere.append("USE_RAY")
     if elsewhere:
         raise ICAError(
-            f"{elsewhere[0]} trains outside transformers' Trainer in this process, which ica_plugin cannot reach. Unset it."
+            f"{elsewhere[0]} trains outside transformers' Trainer in this process, which ica_plugin cannot reach. Unset it. {CHOOSE_ROWS}"
         )
     if config.weights is not None and (moved := _renumbering(args)):
         raise ICAError(

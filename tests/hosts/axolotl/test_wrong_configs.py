@@ -121,6 +121,23 @@ def test_unsupported_training(config):
     assert "fsdp_config is not supported yet" in message_of_refusal({"fsdp_config": {"reshard_after_forward": True}})
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reward_model": True},
+        {"pretraining_dataset": "x"},
+        {"context_parallel_size": 2},
+        {"deepspeed": "zero2.json"},
+        {"kd_trainer": True},
+        {"use_ray": True},
+    ],
+    ids=str,
+)
+def test_a_refusal_names_the_way_that_works(settings):
+    """Whatever is trained, rows can be chosen beforehand."""
+    assert "`ica-plugin select`, and train what was selected" in message_of_refusal(settings)
+
+
 def test_what_the_config_tells_is_refused_before_it_is_validated(config):
     # `load_cfg` registers plugins first; neither data nor model is there yet.
     assert "reward models" in message_of(config(reward_model=True), load_config)
