@@ -124,6 +124,7 @@ def _given_weights(
             raise ICAError(
                 f"ica.weights: {config.weights}: the train dataset has no such column, only {dataset.column_names}. Give one "
                 "of them, or a .parquet, .csv or .jsonl file with the columns row and weight."
+                + (f" The trainer may have dropped it: {moved_rows}." if moved_rows else "")
             )
         return read_weights(config.weights, examples, train=train, moved_rows=moved_rows)
     where = "weights" if weights is not None else f"ica.weights: column `{config.weights}`"

@@ -24,7 +24,7 @@ def refuse_unsupported(args: dict[str, Any], config: ICAConfig) -> None:
         args: a LLaMA-Factory config.
         config: its `ica:` block.
     """
-    from llamafactory.extras.misc import is_env_enabled, use_ray
+    from llamafactory.extras.misc import has_tokenized_data, is_env_enabled, use_ray
 
     if not args.get("do_train"):
         raise ICAError("there is an `ica:` block but `do_train` is not true, so nothing is trained. Set it, or remove the block.")
@@ -61,6 +61,12 @@ def refuse_unsupported(args: dict[str, Any], config: ICAConfig) -> None:
         raise ICAError(
             f"`ica.weights` names rows by their place in the dataset, and `{moved}` puts rows elsewhere. Remove it (for an evaluation set "
             "of its own there is `eval_dataset`)."
+        )
+    if config.weights is not None and has_tokenized_data(args.get("tokenized_path") or ""):
+        raise ICAError(
+            "`ica.weights` names rows by their place in the dataset, and the rows in `tokenized_path` were prepared before, by settings "
+            "that may have put them elsewhere (`packing`, `num_samples`, `val_size`) and that LLaMA-Factory does not keep. Remove "
+            "`tokenized_path`."
         )
 
 

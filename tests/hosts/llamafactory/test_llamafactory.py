@@ -228,6 +228,18 @@ def test_no_key_of_an_entry_leaks():
     assert {"file_name", "hf_hub_url", "subset"} <= check_no_leak(entry_with_every_key(keys)).keys()
 
 
+def test_rows_that_were_prepared_before_are_not_named_by_their_place(tmp_path):
+    """`tokenized_path` makes LLaMA-Factory ignore what its config says of the data, and keeps nothing of what was said before."""
+    args = {"do_train": True, "dataset": "train", "dataset_dir": str(tmp_path), "tokenized_path": str(tmp_path / "tokens")}
+    given = parse_config({"weights": "w.parquet"})
+    refuse_unsupported(args, given)  # it is written by this run
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "dataset_dict.json").write_text("{}")
+    with pytest.raises(ICAError, match="prepared before.*Remove `tokenized_path`"):
+        refuse_unsupported(args, given)
+    refuse_unsupported(args, parse_config({"holdout": "good"}))
+
+
 @pytest.mark.parametrize("names", ["train", "other, train", ["train"]])
 def test_rows_that_num_samples_puts_elsewhere_are_not_named_by_their_place(tmp_path, names):
     """LLaMA-Factory permutes them even where it takes all."""

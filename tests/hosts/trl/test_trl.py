@@ -224,6 +224,9 @@ def test_weights_that_count_the_rows_of_the_data_are_refused_where_trl_moves_the
     (tmp_path / "w.csv").write_text("row,weight\n" + "".join(f"{row},{weight}\n" for row, weight in enumerate(weights)))
     for settings, why in ((PACKING, "packing=True"), *([({"shuffle_dataset": True}, "shuffle_dataset=True")] if TRL_1 else [])):
         maker = make("sft", sft_rows(12), **settings)
+        if settings is PACKING:
+            with pytest.raises(ICAError, match="no such column.*may have dropped it: `packing=True`"):
+                attach(maker(ica=None), weights="quality")
         for given in (weights, tmp_path / "w.csv"):
             with pytest.raises(ICAError, match=f"they do not stand as in the data.*`{why}`"):
                 attach(maker(ica=None), weights=given)
