@@ -7,6 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .errors import ICAError
+from .expression import parse_score
+
 
 class Block(BaseModel):
     """Keys in a user's file: an unknown one is an error that names the nearest known one."""
@@ -79,3 +82,21 @@ def check_interval(value: Any) -> Any:
     if number and (value >= 1 if isinstance(value, int) else 0 < value < 1):
         return value
     raise ValueError("allowed: never, epoch, a whole number of optimizer steps ≥ 1, or a fraction of the run between 0 and 1")
+
+
+def check_drop_tokens(value: Any) -> Any:
+    """What stands under `drop_tokens`; raises ValueError for another value than the allowed ones."""
+    share = isinstance(value, float) and 0 < value < 1
+    if value is None or value == "auto" or share:
+        return value
+    raise ValueError("allowed: auto, or a share of the tokens between 0 and 1, as in 0.1")
+
+
+def check_score(value: str) -> str:
+    """What stands under `score`; raises ValueError where it names no scorers."""
+    if value.strip() != "auto":
+        try:
+            parse_score(value)
+        except ICAError as error:
+            raise ValueError(str(error)) from None
+    return value.strip()

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .block import Block, HoldoutAdapter, Influence, check_interval, check_quantiles, check_sets
+from .block import Block, HoldoutAdapter, Influence, check_drop_tokens, check_interval, check_quantiles, check_score, check_sets
 from .errors import ICAError
 from .expression import BAND_SCORERS, SHOWS_DEMONSTRATIONS, parse_score, parts_of
 
@@ -76,6 +76,12 @@ class ICAConfig(Block):
     epoch_share: float = Field(
         1.0, gt=0, le=1, description="Of `apply: sample`: places of an epoch as a share of the rows; below 1 a shorter run."
     )
+    score_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Only the first so many supervised tokens of a row are scored (of a pair: of each response), and nothing after them is "
+        "computed. Default: all.",
+    )
     combine: Literal["rank", "zscore"] = Field("rank", description="How the scorers of a sum are put on one scale.")
     holdout_adapter: HoldoutAdapter = Field(
         HoldoutAdapter(), description="Of `rho` and `lossdiff`: path, or r, steps, learning_rate."
@@ -116,10 +122,7 @@ class ICAConfig(Block):
     @field_validator("drop_tokens", mode="before")
     @classmethod
     def _check_drop_tokens(cls, value: Any) -> Any:
-        share = isinstance(value, float) and 0 < value < 1
-        if value is None or value == "auto" or share:
-            return value
-        raise ValueError("allowed: auto, or a share of the tokens between 0 and 1, as in 0.1")
+        return check_drop_tokens(value)
 
     @field_validator("band")
     @classmethod
@@ -129,13 +132,7 @@ class ICAConfig(Block):
     @field_validator("score")
     @classmethod
     def _check_score(cls, value: str) -> str:
-        if value.strip() == "auto":
-            return "auto"
-        try:
-            parse_score(value)
-        except ICAError as error:
-            raise ValueError(str(error)) from None
-        return value.strip()
+        return check_score(value)
 
     @field_validator("holdout")
     @classmethod

@@ -11,7 +11,7 @@ import numpy as np
 from ..data.store import Rows
 from ..errors import ICAError
 from ..scorers import CONTEXT_TOKENS, most_likely
-from ..scorers.in_context import in_context
+from ..scorers.in_context import beginning, in_context
 from ..weighting.tokens import CALIBRATION_ROWS, GOOD_SHARE, ends, kept, scale, threshold
 from .ranks import Ranks
 from .report import Report, TokensLeftOut
@@ -33,7 +33,7 @@ def holdout_tokens(scoring: Scoring, rows: list[int]) -> list[np.ndarray]:
         rows: indices of holdout rows.
 
     Returns:
-        float32 [supervised tokens] of each; none where no other row fits before it.
+        float32 [scored tokens] of each; none where no other row fits before it.
     """
     examples = Rows.of(scoring.holdout.examples)
     by_content: dict[str, set[int]] = {}
@@ -45,7 +45,10 @@ def holdout_tokens(scoring: Scoring, rows: list[int]) -> list[np.ndarray]:
     for name in holdout.sets:
         shown = scoring.find_demonstrations(rows, holdout=holdout.only(name), train=examples)
         after = [
-            in_context(examples[row].demonstration, [examples[other].demonstration for other in others])
+            in_context(
+                beginning(examples[row], scoring.config.score_tokens).demonstration,
+                [examples[other].demonstration for other in others],
+            )
             for row, others in zip(rows, shown, strict=True)
         ]
         tokens: list[np.ndarray] = []

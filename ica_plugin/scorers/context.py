@@ -17,7 +17,7 @@ from ..data.store import Example, Kind, Sequence
 from ..policy.engine import Engine, Progress
 from ..policy.gradients import RowReference, row_gradients
 from ..policy.reference import Reference
-from .in_context import Scores, ica_scores
+from .in_context import Scores, beginning, ica_scores
 
 
 @dataclass
@@ -62,8 +62,17 @@ class ScoringContext:
 
     @cached_property
     def examples(self) -> list[Example]:
-        """The rows to score."""
+        """The rows to score, each up to the last token that counts (`score_tokens`)."""
+        return [self.beginning(row) for row in self.whole]
+
+    @property
+    def whole(self) -> list[Example]:
+        """The rows to score as they are, for what is not about log-probs of their tokens."""
         return [self.train[row] for row in self.rows]
+
+    def beginning(self, example: Example) -> Example:
+        """The part of any row that is scored; see `in_context.beginning`."""
+        return beginning(example, self.config.score_tokens)
 
     @property
     def kind(self) -> Kind:

@@ -47,7 +47,7 @@ def _directions(context: ScoringContext) -> list[torch.Tensor]:
     """The inverse Hessian times the holdout's gradient, float64, of each matrix, flat."""
     target = mean_gradient(context.row_gradients(context.shown), len(context.shown))
     sample = _hessian_rows(context, sum(t.numel() for t in target))
-    gradients = [g for g in context.row_gradients([context.train[row] for row in sample]) if g is not None]
+    gradients = [g for g in context.row_gradients([context.beginning(context.train[row]) for row in sample]) if g is not None]
     return [_inverse_hessian(torch.stack([g[i].flatten() for g in gradients]), target[i].flatten()) for i in range(len(target))]
 
 

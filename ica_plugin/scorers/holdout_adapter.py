@@ -60,7 +60,7 @@ def _tuned_sums(context: ScoringContext) -> np.ndarray:
             _load_or_train(context)
             model.set_adapter(ADAPTER)
             model.eval()  # modules that were added within the block
-            sums = context.logprob_sums([context.train[row] for row in new])
+            sums = context.logprob_sums([context.beginning(context.train[row]) for row in new])
         known.update(zip(new, sums, strict=True))
     return np.array([known[row] for row in context.rows]).reshape(context.sums.shape)
 

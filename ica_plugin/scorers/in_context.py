@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class Scores:
         score: context − base, with the sign turned for undesirable unpaired rows; NaN where a row has no
             supervised token or no demonstration.
         sums: float64 [n, sequences]; summed log-prob of each sequence without demonstrations, NaN where not scored.
-        tokens: of each row float32 [supervised tokens], the log-prob of each after the demonstrations; none where it has no
+        tokens: of each row float32 [scored tokens], the log-prob of each after the demonstrations; none where it has no
             demonstration, or where tokens were not asked for.
     """
 
@@ -91,6 +91,29 @@ def ica_scores(
         elif not row.desirable:
             score[i] = -score[i]
     return Scores(base, context, score, alone, tokens)
+
+
+def beginning(example: Example, tokens: int | None) -> Example:
+    """The row up to the last of its first so many supervised tokens (`score_tokens`), each of its sequences by itself.
+
+    What stands after them is cut off, so that no forward computes it; a row that shows images keeps it, unscored, since its pixel
+    tensors go with the tokens of the whole.
+
+    Args:
+        example: any row.
+        tokens: how many; None for all.
+    """
+    return example if tokens is None else replace(example, sequences=tuple(_beginning(s, tokens) for s in example.sequences))
+
+
+def _beginning(sequence: Sequence, tokens: int) -> Sequence:
+    supervised = np.flatnonzero(sequence.scored)
+    if len(supervised) <= tokens:
+        return sequence
+    end = int(supervised[tokens - 1]) + 1
+    if sequence.media:
+        return replace(sequence, scored=sequence.scored & (np.arange(len(sequence.scored)) < end))
+    return replace(sequence, tokens=sequence.tokens[:end], scored=sequence.scored[:end])
 
 
 def in_context(sequence: Sequence, demonstrations: list[Sequence]) -> Sequence:

@@ -27,28 +27,31 @@ def score(context: ScoringContext) -> np.ndarray:
         float64 [n], nats per token; NaN where no holdout row fits behind the row. Negative for undesirable rows.
     """
     holdout, limit = context.holdout.examples, np.inf if context.limit is None else context.limit
+    rows = context.whole
     needed = sorted({d for demonstrations in context.demonstrations for d in demonstrations})
     alone = context.once.setdefault("alone", {})
     new = [d for d in needed if d not in alone]
-    shown = [holdout[d] for d in new]
+    shown = [context.beginning(holdout[d]) for d in new]
     alone.update(zip(new, token_means(context.logprob_sums(shown), shown), strict=True))
     result = np.full(len(context.rows), np.nan)
-    scored = [i for i, row in enumerate(context.examples) if row.can_be_scored]
+    scored = [i for i, row in enumerate(rows) if row.can_be_scored]
     for start in range(0, len(scored), ROWS_PER_BLOCK):
         pairs = [
             (i, d)
             for i in scored[start : start + ROWS_PER_BLOCK]
             for d in context.demonstrations[i]
-            if len(context.examples[i].demonstration.tokens) + holdout[d].longest <= limit
+            if len(rows[i].demonstration.tokens) + holdout[d].longest <= limit
         ]
         flat: list[Sequence] = [
-            in_context(sequence, [context.examples[i].demonstration]) for i, d in pairs for sequence in holdout[d].sequences
+            in_context(sequence, [rows[i].demonstration])
+            for i, d in pairs
+            for sequence in context.beginning(holdout[d]).sequences
         ]
         if not pairs:
             continue
         sums = context.engine.logprobs(flat, context.progress).reshape(len(pairs), -1)
-        gains = token_means(sums, [holdout[d] for _, d in pairs]) - np.array([alone[d] for _, d in pairs])
-        rows = np.array([i for i, _ in pairs])
-        for i in np.unique(rows):
-            result[i] = gains[rows == i].mean()
+        gains = token_means(sums, [context.beginning(holdout[d]) for _, d in pairs]) - np.array([alone[d] for _, d in pairs])
+        of_row = np.array([i for i, _ in pairs])
+        for i in np.unique(of_row):
+            result[i] = gains[of_row == i].mean()
     return context.sign * result

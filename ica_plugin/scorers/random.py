@@ -22,7 +22,7 @@ def score(context: ScoringContext) -> np.ndarray:
     """
     seed = context.config.seed
     values = []
-    for row in context.examples:
+    for row in context.whole:
         key = b"".join(sequence.digest.encode() for sequence in row.sequences)
         number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         values.append(np.random.default_rng([seed, number]).random())

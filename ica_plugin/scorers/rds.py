@@ -26,7 +26,7 @@ def score(context: ScoringContext) -> np.ndarray:
     shown = context.holdout.shown
     if "holdout_vectors" not in context.once:
         context.once["holdout_vectors"] = _unit_vectors(context, context.shown)
-    similarity = _unit_vectors(context, context.examples) @ context.once["holdout_vectors"].T
+    similarity = _unit_vectors(context, context.whole) @ context.once["holdout_vectors"].T
     for i, row in enumerate(context.rows):
         similarity[i, [j for j, h in enumerate(shown) if h in context.holdout.hidden_from[row]]] = -np.inf
     best = similarity.max(axis=1)

@@ -45,16 +45,16 @@ def kept(logprobs: np.ndarray, limit: float, always: np.ndarray) -> np.ndarray:
     """Which supervised tokens of a row stay in the loss.
 
     Args:
-        logprobs: float [supervised tokens], in context; or none, where the row has no demonstration: then all stay.
+        logprobs: float, in context, of the first supervised tokens: of all, of as many as `score_tokens` says, or none, where the row
+            has no demonstration. The others stay.
         limit: tokens below it go.
         always: bool [supervised tokens], those that never go.
 
     Returns:
         bool [supervised tokens]; all True where none but those that never go would stay and there are none of these.
     """
-    if len(logprobs) == 0:
-        return np.ones(len(always), bool)
-    stay = ~(logprobs < limit) | always
+    stay = np.ones(len(always), bool)
+    stay[: len(logprobs)] = ~(logprobs < limit) | always[: len(logprobs)]
     return stay if stay.any() else np.ones(len(always), bool)
 
 

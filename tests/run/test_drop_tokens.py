@@ -41,22 +41,26 @@ def written(folder: Path) -> dict[int, dict]:
 
 
 @pytest.mark.parametrize("drop", [0.2, "auto"])
-@pytest.mark.parametrize("score", ["ica", "likelihood"])
-def test_what_is_left_out_is_what_a_plain_reference_leaves_out(tmp_path, drop, score):
+@pytest.mark.parametrize(("score", "most"), [("ica", None), ("likelihood", None), ("ica", 4)])
+def test_what_is_left_out_is_what_a_plain_reference_leaves_out(tmp_path, drop, score, most):
     model, holdout = tiny.make_model(), tokenised(6, 9)
-    trainer = build(tmp_path, {**BLOCK, "drop_tokens": drop, "score": score}, model=model, holdout=holdout, max_steps=1)
+    block = {**BLOCK, "drop_tokens": drop, "score": score, "score_tokens": most}
+    trainer = build(tmp_path, block, model=model, holdout=holdout, max_steps=1)
     callback = callback_of(trainer)
     rows = [callback.train[row].sequences[0] for row in range(ROWS)]
     demos = callback.scoring.find_demonstrations(list(range(ROWS)))
     shown = [[token for demo in of_row for token in holdout[demo]["input_ids"]] for of_row in demos]
-    values = [token_logprobs(model, context, row.tokens.tolist(), row.scored) for context, row in zip(shown, rows, strict=True)]
+    # With `score_tokens` the first tokens alone are known, so that no other can be left out.
+    values = [
+        token_logprobs(model, context, row.tokens.tolist(), row.scored)[:most] for context, row in zip(shown, rows, strict=True)
+    ]
     if drop == "auto":
         calibrated = []
         for i, row in enumerate(holdout):
             others = holdout.select([j for j in range(6) if j != i])
             # `retrieval: random` draws by the row's own tokens among all holdout rows, so that those left keep their order.
             alone = attach_to_others(tmp_path / str(i), holdout, others, i)
-            calibrated.append(token_logprobs(model, alone, row["input_ids"], np.array(row["labels"]) != -100))
+            calibrated.append(token_logprobs(model, alone, row["input_ids"], np.array(row["labels"]) != -100)[:most])
         limit = np.quantile(np.concatenate(calibrated), 0.01)
     else:
         limit = np.quantile(np.concatenate(values), drop)
@@ -68,8 +72,8 @@ def test_what_is_left_out_is_what_a_plain_reference_leaves_out(tmp_path, drop, s
     for row, line in lines.items():
         scored = np.flatnonzero(rows[row].scored)
         close = np.abs(values[row] - limit) < 1e-4
-        expected = {int(t) for t, value in zip(scored, values[row], strict=True) if value < limit and t != scored[-1]}
-        unsure = {int(t) for t in scored[close]}
+        expected = {int(t) for t, value in zip(scored[:most], values[row], strict=True) if value < limit and t != scored[-1]}
+        unsure = {int(t) for t in scored[:most][close]}
         assert set(line["dropped_tokens"]) - unsure == expected - unsure
         total += len(line["dropped_tokens"])
     assert total > 0

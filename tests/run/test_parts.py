@@ -134,12 +134,13 @@ def test_the_scoring_before_the_first_step_goes_on(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "ica" / "unfinished").exists(), "they have served when training ends"
 
 
-@pytest.mark.parametrize("change", ["k", "rows", "weights"])
+@pytest.mark.parametrize("change", ["k", "score_tokens", "rows", "weights"])
 def test_blocks_of_another_scoring_are_noticed(tmp_path, monkeypatch, change):
     monkeypatch.setattr(scoring, "TOKENS_PER_BLOCK", 200)
     interrupted(tmp_path, monkeypatch, {})
     other, name = {
         "k": (dict(ica={"k": 1}), "ica.k"),
+        "score_tokens": (dict(ica={"score_tokens": 2}), "ica.score_tokens"),
         "rows": (dict(ica={}, train=tokenised(ROWS, 1)), "train rows"),
         "weights": (dict(ica={}, model=tiny.make_model(seed=1)), "the model's weights"),
     }[change]

@@ -20,7 +20,7 @@ def test_a_sum_shares_the_base_pass():
     context = make_context("ica + 0.5*likelihood")
     seen = []
     logprobs = context.engine.logprobs
-    context.engine.logprobs = lambda sequences, *_: seen.append(len(sequences)) or logprobs(sequences)
+    context.engine.logprobs = lambda sequences, *rest: seen.append(len(sequences)) or logprobs(sequences, *rest)
     columns = scores_for(context)
     assert seen == [16]  # eight rows, with and without their demonstrations
     ranks = rankdata(columns["ica"]) / 8 + 0.5 * rankdata(columns["likelihood"]) / 8
