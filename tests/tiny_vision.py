@@ -122,7 +122,9 @@ def make_llava() -> LlavaForConditionalGeneration:
 def save_llava(folder: Path) -> Path:
     """Write it with its processor as a model folder."""
     make_llava().save_pretrained(folder)
-    llava_processor().save_pretrained(folder)
+    processor = llava_processor()
+    processor.tokenizer.chat_template = processor.chat_template  # which Axolotl asks for
+    processor.save_pretrained(folder)
     return folder
 
 
@@ -143,6 +145,19 @@ def image_rows(folder: Path, n: int, seed: int = 0) -> list[dict]:
         rows.append({"messages": messages, "images": paths})
     rows[1]["messages"] = rows[0]["messages"]
     return rows
+
+
+def message_rows(folder: Path, n: int, seed: int = 0) -> list[dict]:
+    """The same with the pictures among the messages, as Axolotl takes them."""
+
+    def content(message: dict, paths: list[str]) -> list[dict]:
+        images = [{"type": "image", "path": path} for path in paths if message["role"] == "user"]
+        return [*images, {"type": "text", "text": message["content"].replace("<image>", "")}]
+
+    return [
+        {"messages": [{"role": m["role"], "content": content(m, row["images"])} for m in row["messages"]]}
+        for row in image_rows(folder, n, seed)
+    ]
 
 
 def picture(rng: random.Random, width: int = 56, height: int = 28) -> Image.Image:

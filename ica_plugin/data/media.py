@@ -38,10 +38,20 @@ MEDIA_KEYS = (*CONCATENATED, "images", "image_bound", "input_features", "feature
 MEDIA_COLUMNS = ("images", "videos", "audios")
 
 # What a batch says of its tokens. Positions are the model's own: those of a row alone do not hold after its demonstrations.
-TEXT_KEYS = ("input_ids", "labels", "attention_mask", "completion_mask", "position_ids", "rope_deltas", "label", "kto_tags")
+TEXT_KEYS = (
+    "input_ids",
+    "labels",
+    "attention_mask",
+    "completion_mask",
+    "position_ids",
+    "rope_deltas",
+    "label",
+    "kto_tags",
+    "kl_token_type_ids",
+)
 
 # Before them, where a batch has its sides apart.
-PARTS = ("chosen", "rejected", "prompt", "completion")
+PARTS = ("chosen", "rejected", "prompt", "completion", "kl")
 
 # Rows whose tensors are held at a time: demonstrations come again.
 ROWS_KEPT = 16
@@ -126,7 +136,8 @@ class MediaSource:
 def has_media(features: Mapping[str, Any], batch: Mapping[str, Any]) -> bool:
     """Whether a row shows anything; what the collator adds to a row whose own columns of media are empty counts for nothing."""
     columns = [features[name] for name in MEDIA_COLUMNS if name in features]
-    if columns and not any(columns):
+    tokenised = any(name.endswith("input_ids") for name in features)  # else images may stand in messages too
+    if tokenised and columns and not any(columns):
         return False
     return any(batch.get(key) is not None for key in MEDIA_KEYS)
 

@@ -69,8 +69,8 @@ def _with_mask(batch: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str,
 
 
 def one_row(features: list[dict]) -> dict[str, torch.Tensor]:
-    """A collator of one tokenised row, where there is no trainer to ask for its own."""
-    return {key: torch.tensor([value]) for key, value in features[0].items() if value is not None}
+    """A collator of one tokenised row, where there is no trainer to ask for its own; images are left out."""
+    return {key: torch.tensor([value]) for key, value in features[0].items() if value is not None and key not in MEDIA_COLUMNS}
 
 
 # TRL 0.24 sets one of its own on every SFT dataset, which leaves out keys without a value and changes nothing else.

@@ -68,7 +68,8 @@ class AxolotlHoldout(HoldoutLoader):
                 excess_length_strategy="raise",
                 dataset_prepared_path=prepared,
                 push_dataset_to_hub=None,
-                skip_prepare_dataset=False,
+                # Rows with images stay as they are until the collator takes them.
+                skip_prepare_dataset=bool(self.cfg.processor_type and self.cfg.skip_prepare_dataset),
                 # A step count for the holdout means nothing, but the loaders compute one.
                 max_steps=None,
             )

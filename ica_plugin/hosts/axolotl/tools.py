@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig
 
 from ...config import parse_config
+from ...data.read import token_columns
 from ...data.summary import summary
 from ...errors import ICAError
 from ...run.callback import ICACallback
@@ -51,7 +52,9 @@ def validate(path: Path) -> dict[str, Any]:
         cfg.base_model, revision=cfg.revision_of_model or "main", trust_remote_code=bool(cfg.trust_remote_code)
     ).get_text_config()
     context = getattr(model, "max_position_embeddings", None)
-    return summary(config, train, load, context=context, moved_rows=moved_rows(cfg))
+    # Rows with images are tokenised by the collator, which needs the trainer.
+    kind = None if token_columns(train.column_names) else kind_of(cfg)
+    return summary(config, train, load, kind=kind, context=context, moved_rows=moved_rows(cfg))
 
 
 def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, tuple[np.ndarray, int] | None]:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Trainer
 
 from ...config import ICAConfig
+from ...data.media import MEDIA_COLUMNS
 from ...errors import ICAError
 from ...run.attach import attach_examples
 from ...run.callback import ICACallback
@@ -70,6 +71,28 @@ def refuse_unsupported(args: dict[str, Any], config: ICAConfig) -> None:
         )
 
 
+def refuse_rows(dataset: Any, data_args: Any) -> None:
+    """Raise ICAError for tokenised rows that show what cannot be put behind demonstrations.
+
+    Args:
+        dataset: the train rows as LLaMA-Factory's loader returns them.
+        data_args: the run's.
+    """
+    shown = {
+        column
+        for column in MEDIA_COLUMNS
+        if (feature := dataset.features.get(column)) is not None and getattr(feature, "dtype", None) != "null"
+    }
+    if "audios" in shown:
+        raise ICAError(
+            "the training rows have `audios`, and ica_plugin cannot put sound behind demonstrations. Remove the `ica:` block."
+        )
+    if shown and data_args.packing:
+        raise ICAError(
+            f"the training rows have `{min(shown)}`, and packed rows with images cannot be taken apart. Remove `packing`."
+        )
+
+
 def _renumbering(args: Mapping[str, Any]) -> str:
     """The setting that puts rows elsewhere than in the dataset; "" where they stand as there."""
     moves = {
@@ -102,6 +125,7 @@ def attach(trainer: Trainer, config: ICAConfig) -> ICACallback:
     run = next((c for c in trainer.callback_handler.callbacks if isinstance(c, ReporterCallback)), None)
     if run is None:
         raise ICAError("the trainer was not built by LLaMA-Factory's `run_exp`; use `ica_plugin.attach(trainer, …)` for it.")
+    refuse_rows(trainer.train_dataset, run.data_args)
     moved = _renumbering(vars(run.data_args))
     moved_rows = f"`{moved}` puts them elsewhere" if moved else ""
     return attach_examples(trainer, config, read_holdout=LlamaFactoryHoldout.of(trainer, run), moved_rows=moved_rows)

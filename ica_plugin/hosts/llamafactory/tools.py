@@ -16,7 +16,7 @@ from ...data.summary import summary
 from ...errors import ICAError
 from ...run.callback import ICACallback
 from ...versions import warn_if_untested
-from .attach import attach, refuse_unsupported
+from .attach import attach, refuse_rows, refuse_unsupported
 from .holdout import STAGES, LlamaFactoryHoldout
 
 
@@ -46,6 +46,7 @@ def validate(path: Path) -> dict[str, Any]:
             train = get_dataset(template, model_args, data_args, training_args, stage=stage, **tokenizer)["train_dataset"]
     except Exception as error:  # its own checks raise many types
         raise ICAError(f"LLaMA-Factory refuses the config or its data: {type(error).__name__}: {error}") from error
+    refuse_rows(train, data_args)
     load = LlamaFactoryHoldout(model_args, data_args, training_args, stage, template, tokenizer)
     model = AutoConfig.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=model_args.trust_remote_code
