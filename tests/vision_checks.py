@@ -8,6 +8,9 @@ import torch
 from checks import callback_of
 from ica_plugin.data.scores import read_scores
 
+GRIDS = ("image_grid_thw", "video_grid_thw")
+PIXELS = ("pixel_values", "pixel_values_videos", *GRIDS)
+
 
 @torch.no_grad()
 def logprob(trainer, lines: list[dict]) -> float:
@@ -15,12 +18,13 @@ def logprob(trainer, lines: list[dict]) -> float:
     model = trainer.model
     ids = torch.cat([line["input_ids"][line["attention_mask"] != 0] for line in lines])[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    for key in ("pixel_values", "image_grid_thw"):
+    for key in PIXELS:
         shown = [line[key] for line in lines if line.get(key) is not None]
         if shown:
             inputs[key] = torch.cat(shown)
-    if "image_grid_thw" in inputs:
-        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
+    if not inputs.keys().isdisjoint(GRIDS):
+        kinds = (model.config.image_token_id, 1), (model.config.video_token_id, 2)
+        inputs["mm_token_type_ids"] = sum((ids == token).long() * kind for token, kind in kinds)
     model.eval()
     logprobs = model(**inputs, use_cache=False).logits[0].double().log_softmax(-1)
     labels = lines[-1]["labels"][lines[-1]["attention_mask"] != 0]
@@ -51,8 +55,7 @@ def check_image_scores(trainer, collate, *, sides: int = 1, normalize: bool = Fa
         """The score with the images of the row `images`."""
         gains = []
         for side in range(sides):
-            keys = ("pixel_values", "image_grid_thw")
-            shown = {**lines[row][side], **{key: lines[images][side][key] for key in keys if key in lines[images][side]}}
+            shown = {**lines[row][side], **{key: lines[images][side][key] for key in PIXELS if key in lines[images][side]}}
             tokens = int((shown["labels"][shown["attention_mask"] != 0][1:] != -100).sum()) if normalize else 1
             context = [lines[d][0] for d in demonstrations]
             gains.append((logprob(trainer, [*context, shown]) - logprob(trainer, [shown])) / tokens)
@@ -64,7 +67,7 @@ def check_image_scores(trainer, collate, *, sides: int = 1, normalize: bool = Fa
         assert len(line["demos"]) == callback.config.k and max(line["demos"]) < held
         differences.append(abs(line["score"] - gain(row, line["demos"], row)))
     assert max(differences) < 1e-3, differences
-    shapes = [lines[row][0]["pixel_values"].shape for row in train]
+    shapes = [[(key, lines[row][0][key].shape) for key in PIXELS if key in lines[row][0]] for row in train]
     alike = {row: next(o for o in train if o != row and shapes[o] == shapes[row]) for row in train}
     other = [abs(line["score"] - gain(row, line["demos"], alike[row])) for row, line in last.items()]
     assert max(other) > 1e-2, other

@@ -31,15 +31,14 @@ def kto_rows(n: int, seed: int = 0) -> list[dict]:
 ROWS = {"sft": tiny.sft_rows, "kto": kto_rows}
 
 
-def dataset_entry(kind: str, file_name: str, images: bool = False) -> dict[str, Any]:
-    """How dataset_info.json describes rows of this kind, with a column of images or without."""
+def dataset_entry(kind: str, file_name: str, media: tuple[str, ...] = ()) -> dict[str, Any]:
+    """How dataset_info.json describes rows of this kind, with these columns of images and videos."""
     entry: dict[str, Any] = {"file_name": file_name, "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": TAGS}
     if kind == "kto":
         entry["columns"]["kto_tag"] = "label"
     elif kind != "sft":
         entry |= {"ranking": True, "columns": {"messages": "messages", "chosen": "chosen", "rejected": "rejected"}}
-    if images:
-        entry["columns"]["images"] = "images"
+    entry["columns"] |= {column: column for column in media}
     return entry
 
 
@@ -48,8 +47,8 @@ def write_data(folder: Path, kind: str, rows: list[dict], holdout: list[dict]) -
     folder.mkdir(parents=True, exist_ok=True)
     tiny.write_jsonl(folder / "train.jsonl", rows)
     tiny.write_jsonl(folder / "holdout.jsonl", holdout)
-    images = "images" in rows[0]
-    info = {"train": dataset_entry(kind, "train.jsonl", images), "good": dataset_entry(kind, "holdout.jsonl", images)}
+    media = tuple(column for column in ("images", "videos") if column in rows[0])
+    info = {"train": dataset_entry(kind, "train.jsonl", media), "good": dataset_entry(kind, "holdout.jsonl", media)}
     (folder / "dataset_info.json").write_text(json.dumps(info))
 
 

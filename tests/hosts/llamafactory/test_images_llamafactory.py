@@ -11,7 +11,7 @@ from ica_plugin.errors import ICAError
 from ica_plugin.hosts.llamafactory.attach import attach
 from ica_plugin.hosts.llamafactory.tools import validate
 from llamafactory_harness import Maker, run_args, write_data
-from vision_checks import check_image_scores
+from vision_checks import PIXELS, check_image_scores
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def lines_of(trainer, row: int) -> list[dict]:
     """A row collated alone, without the positions, which are the model's own."""
     collator = trainer.data_collator
     batch = collator([dict(trainer.train_dataset[row])])
-    media = {key: batch[key] for key in ("pixel_values", "image_grid_thw") if key in batch}
+    media = {key: batch[key] for key in PIXELS if key in batch}
     return [{key: batch[key][:1] for key in ("input_ids", "attention_mask", "labels")} | media]
 
 
@@ -72,6 +72,18 @@ def test_rows_with_images(make, tmp_path):
     check_image_scores(maker(ica={"k": 2}), lines_of)
     check_gradients(maker, tmp_path, token_mean=True)
     check_all_weights_one(maker, tmp_path)
+
+
+def test_rows_with_videos(make, tmp_path):
+    """A video is a list of pictures here; half of the rows have pictures too."""
+    rows = tiny_vision.image_rows(tmp_path, 6)
+    for i, row in enumerate(rows):
+        text = row["messages"][0]["content"].replace("<image>", "")
+        row["videos"] = [[row["images"][0]] * 2]
+        row["images"] = row["images"][:1] if i % 2 else []
+        row["messages"] = [{"role": "user", "content": "<image>" * len(row["images"]) + "<video>" + text}, row["messages"][1]]
+    maker = make("sft", rows, holdout=rows[:3])
+    check_image_scores(maker(ica={"k": 2}), lines_of)
 
 
 def test_validate_agrees_with_the_run(tmp_path, qwen):
