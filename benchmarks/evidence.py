@@ -221,7 +221,13 @@ class Experiment:
     def block(self, keys: dict[str, Any]) -> dict[str, Any]:
         """The block of a method, which names what the block's defaults would follow the run in."""
         adapter = HOLDOUT_ADAPTER_OF_PAIRS if self.pairs else HOLDOUT_ADAPTER
-        named = {"score": "ica", "weighting": "softmax", "apply": "gradient", "length_normalize": self.name == "simpo"}
+        named = {
+            "score": "ica",
+            "weighting": "softmax",
+            "apply": "gradient",
+            "length_normalize": self.name == "simpo",
+            "drop_tokens": None,
+        }
         return {"holdout_adapter": adapter, "seed": self.seed, **named, **keys}
 
     def score(self, holdout: list[Row], scorers: set[str], variants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

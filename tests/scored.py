@@ -48,7 +48,7 @@ def make_lora(trained: bool = True, seed: int = 0):
 
 
 def make_context(score: str, kind: str = "sft", model=None, n: int = 8, **settings) -> ScoringContext:
-    config = parse_config({"holdout": "x", "score": score, **settings})
+    config = parse_config({"holdout": "x", "score": score, "drop_tokens": None, **settings})
     train, good = make_examples(kind, n, 1), make_examples(kind, 5, 2)
     holdout = check_holdout("x", good, train, None)
     rng = np.random.default_rng(3)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..scorers import CONTRACT_COLUMNS, balanced_score
+from ..scorers import CONTRACT_COLUMNS, balanced_score, weight_shares
 from ..scorers.combine import without_spread
 from ..weighting.retrieval import report_fewer
 from ..weighting.weights import Weights, weights_from_scores
@@ -191,8 +191,9 @@ class Refresh:
         overhead = clock.scoring_seconds / max(clock.training_seconds, 1e-9) if counts.refreshes else 0.0
         scored = int(columns["scored"].sum())
         flat = without_spread({name: columns[name] for name in columns if name == "score" or name not in CONTRACT_COLUMNS})
+        shares = weight_shares(self.scoring.config, columns, weights.values)
         self._report.refreshed(
-            Refreshed(counts.refreshes, columns["row"], columns["score"], flat, scored, weights, seconds, overhead)
+            Refreshed(counts.refreshes, columns["row"], columns["score"], flat, scored, weights, seconds, overhead, shares)
         )
         if self.budgeted is not None:
             self._report.within_budget(scored, len(columns["row"]), self.neighbour_correlation)

@@ -31,6 +31,7 @@ class Refreshed:
         weights: of the rows.
         seconds: that it took.
         overhead: scoring seconds of the run so far over its training seconds.
+        shares: of the weight, by the holdout set that drew it; empty where there is one holdout without a name.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Refreshed:
     weights: Weights
     seconds: float
     overhead: float
+    shares: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Report:
                 "ica/clipped_share": share_clipped,
                 "ica/scoring_seconds": refresh.seconds,
                 "ica/overhead": refresh.overhead,
+                **{f"ica/weight_share/{name}": share for name, share in refresh.shares.items()},
             }
         )
 

@@ -18,7 +18,7 @@ from ..expression import BAND_SCORERS, parse_score, parts_of
 from ..policy.losses import difference, token_means
 from ..policy.reference import Reference
 from . import datainf, ica, influence, irm, likelihood, lossdiff, one_shot, random, rds, rho
-from .combine import balanced, combined, without_spread
+from .combine import balanced, combined, on_one_scale, without_spread
 from .context import ScoringContext
 from .influence import truncated
 from .needs import Needs, require_met
@@ -157,10 +157,35 @@ def balanced_score(config: ICAConfig, columns: dict[str, np.ndarray]) -> np.ndar
         config: the block.
         columns: float64 [n] by name, as `scores_for_sets` returns them, for all rows scored together.
     """
+    if list(config.sets) == [""]:
+        return total_score(config, columns)
+    return balanced(_of_sets(config, columns), config.balance, config.combine)
+
+
+def weight_shares(config: ICAConfig, columns: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, float]:
+    """What share of the weight each holdout set drew to itself: that of the rows that are best for it, its scores on one scale.
+
+    Args:
+        config: the block.
+        columns: as of `balanced_score`.
+        weights: float64 [n], of the rows.
+
+    Returns:
+        by the set's name, 1 in all; {} where there is one holdout without a name, or no row with a score.
+    """
     names = list(config.sets)
     if names == [""]:
-        return total_score(config, columns)
+        return {}
+    grid = on_one_scale(_of_sets(config, columns), config.combine)
+    known = np.isfinite(grid).any(axis=0)
+    drawn = np.bincount(grid[:, known].argmax(axis=0), weights[known], minlength=len(names))
+    return {name: float(share) for name, share in zip(names, drawn / drawn.sum(), strict=True)} if drawn.sum() else {}
+
+
+def _of_sets(config: ICAConfig, columns: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """`total_score` against each named set."""
     of_sets = [
-        {key.removesuffix(f":{name}"): column for key, column in columns.items() if key.endswith(f":{name}")} for name in names
+        {key.removesuffix(f":{name}"): column for key, column in columns.items() if key.endswith(f":{name}")}
+        for name in config.sets
     ]
-    return balanced([total_score(config, part) for part in of_sets], config.balance, config.combine)
+    return [total_score(config, part) for part in of_sets]

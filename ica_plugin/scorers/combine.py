@@ -69,11 +69,7 @@ def balanced(scores: list[np.ndarray], balance: Balance, combine: Combine) -> np
     Returns:
         float64 [n]; NaN for a row without any score.
     """
-    grid = np.full((len(scores), len(scores[0])), -np.inf)
-    for line, column in zip(grid, scores, strict=True):
-        finite = np.isfinite(column)
-        if finite.any():
-            line[finite] = scaled(column[finite], combine)
+    grid = on_one_scale(scores, combine)
     known = np.isfinite(grid)
     if balance == "max":
         result = grid.max(axis=0)
@@ -82,6 +78,16 @@ def balanced(scores: list[np.ndarray], balance: Balance, combine: Combine) -> np
     else:
         result = _picked_in_turn(grid)
     return np.where(known.any(axis=0), result, np.nan)
+
+
+def on_one_scale(scores: list[np.ndarray], combine: Combine) -> np.ndarray:
+    """float64 [sets, n]: the scores against each set, normalised within it; −inf where a row has none."""
+    grid = np.full((len(scores), len(scores[0])), -np.inf)
+    for line, column in zip(grid, scores, strict=True):
+        finite = np.isfinite(column)
+        if finite.any():
+            line[finite] = scaled(column[finite], combine)
+    return grid
 
 
 def _picked_in_turn(grid: np.ndarray) -> np.ndarray:

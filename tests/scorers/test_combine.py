@@ -8,7 +8,7 @@ from scipy.stats import rankdata
 
 from ica_plugin.config import parse_config
 from ica_plugin.expression import parse_score
-from ica_plugin.scorers import scores_for, total_score
+from ica_plugin.scorers import scores_for, total_score, weight_shares
 from ica_plugin.scorers.combine import balanced, combined, in_band
 from ica_plugin.weighting.weights import weights_from_scores
 from scored import (
@@ -96,3 +96,17 @@ def test_balance():
     # a takes row 0, b row 2, a row 1; row 4 is the last that anyone has
     turns = balanced([a, b], "round_robin", "rank")
     assert np.argsort(-turns[[0, 1, 2, 4]]).tolist() == [0, 2, 1, 3] and np.isnan(turns[3])
+
+
+def test_the_weight_goes_to_the_set_that_a_row_is_best_for():
+    sets = [{"name": name, "path": f"{name}.jsonl"} for name in ("maths", "code")]
+    config = parse_config({"holdout": sets, "score": "ica"})
+    columns = {
+        "ica:maths": np.array([3.0, 2.0, 1.0, np.nan, np.nan]),
+        "ica:code": np.array([-1.0, 0.0, 1.0, 5.0, np.nan]),
+        "base": np.zeros(5),
+    }
+    # By rank within its set: maths 3/3, 2/3, 1/3, none, none; code 1/4, 2/4, 3/4, 4/4, none.
+    shares = weight_shares(config, columns, np.array([1.0, 2.0, 3.0, 4.0, 100.0]))
+    assert shares == {"maths": pytest.approx(0.3), "code": pytest.approx(0.7)}
+    assert weight_shares(parse_config({"holdout": "x", "score": "ica"}), {"ica": np.ones(2)}, np.ones(2)) == {}
