@@ -116,3 +116,9 @@ def test_without_a_tokenizer_what_compares_texts_is_refused_when_attached_and_bm
     attach(trainer, {"retrieval": "bm25"}, holdout=tokenised(6, 9))
     trainer.train()
     assert len({tuple(line["demos"]) for line in scores(tmp_path)}) > 1
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_the_scoring_bar_is_as_quiet_as_the_host_s(tmp_path, capfd, quiet):
+    run(tmp_path, {}, max_steps=1, disable_tqdm=quiet)
+    assert ("ICA scoring" in capfd.readouterr().err) != quiet

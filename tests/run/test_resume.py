@@ -76,6 +76,8 @@ def test_resumed_with_another_batch_size_inside_a_window_scores_the_rows_to_come
         ("fraction", {"num_train_epochs": 1}),
         ("fraction", {"num_train_epochs": 4}),
         ("window", {"data_seed": 5}),
+        ("window", {"gradient_accumulation_steps": 1}),
+        ("window", {"ignore_data_skip": True}),
         ("window", {"dataloader_drop_last": True, "per_device_train_batch_size": 3}),
     ],
     ids=str,
