@@ -36,7 +36,7 @@ img { max-width: 100% } p { max-width: 52rem } summary { cursor: pointer; font-s
 {% if verdict.block %}<pre>{{ verdict.block }}</pre>{% endif %}</div>
 {% endfor %}
 {% if rows %}<h2>Rows</h2>{% if about_rows %}<p>{{ about_rows }}</p>{% endif %}
-{{ rows }}{% endif %}
+{{ rows|safe }}{% endif %}
 {% for section in sections if section.picture %}<h2>{{ section.title }}</h2>
 {% if section.text %}<p>{{ section.text }}</p>{% endif %}
 <img alt="{{ section.title }}" src="data:image/png;base64,{{ section.picture }}">
@@ -146,7 +146,7 @@ def write_page(
     out.with_suffix(".json").write_text(json.dumps(data, indent=2, default=float) + "\n", encoding="utf-8")
 
 
-def _interactive(rows: list[dict[str, Any]]) -> Any:
+def _interactive(rows: list[dict[str, Any]]) -> str:
     """The table with its script and styles inside, so that it works without a network; text in it is escaped by itables."""
     try:
         from itables import options, to_html_datatable
@@ -154,7 +154,6 @@ def _interactive(rows: list[dict[str, Any]]) -> Any:
     except ImportError:
         raise ICAError(NOT_INSTALLED.format("itables")) from None
     import pandas as pd
-    from markupsafe import Markup
 
     rounded = [{name: _cell(value) for name, value in row.items()} for row in rows]
     table = to_html_datatable(
@@ -166,7 +165,7 @@ def _interactive(rows: list[dict[str, Any]]) -> Any:
         classes="display compact",
         style="width:100%",
     )
-    return Markup(generate_init_offline_itables_html(options.dt_bundle) + table)
+    return generate_init_offline_itables_html(options.dt_bundle) + table
 
 
 def duration(seconds: float) -> str:
