@@ -49,7 +49,7 @@ def draw(pieces: list[tuple[str, float, bool]], limit: float, file: Path) -> Non
         for place, character in enumerate(shown):
             axes.text(start + place + 0.5, at, character, ha="center", va="center", family="monospace", fontsize=9)
         if gone:
-            axes.plot([start, start + len(shown)], [at, at], color="tab:red", linewidth=1.8)
+            axes.plot([start, start + len(shown)], [at, at], color="black", linewidth=2)
     axes.set(xlim=(0, WIDTH), ylim=(line + 0.6, -0.6))
     axes.set_axis_off()
     figure.tight_layout(pad=0.2)
@@ -66,9 +66,9 @@ def main() -> None:
     trainer = experiment.trainer()
     block = {"score": "ica", "weighting": "rank", "apply": "gradient", "drop_tokens": "auto"}
     callback = attach(trainer, block, holdout=_dataset(experiment.rows.holdout))
-    callback.refresh(list(range(len(callback.train))), shared=True)
-    lines = {line["row"]: line for line in read_scores(callback.files.folder / "scores.parquet").to_pylist()}
     altered = np.flatnonzero(experiment.kinds == "altered numbers").tolist()
+    callback.refresh(altered, shared=True)  # the threshold is the holdout's, whatever rows are scored
+    lines = {line["row"]: line for line in read_scores(callback.files.folder / "scores.parquet").to_pylist()}
     row = max(altered, key=lambda one: len(lines[one]["dropped_tokens"]))
     sequence, dropped = callback.train[row].sequences[0], set(lines[row]["dropped_tokens"])
     shown = [callback.holdout.examples[demo].demonstration for demo in lines[row]["demos"]]
