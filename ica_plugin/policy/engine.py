@@ -91,7 +91,8 @@ class Engine:
 
     def path_for(self, sequences: list[Sequence]) -> Path:
         """The path of these sequences: the padded one where any shows images, which trees know nothing of."""
-        return self.padded if any(sequence.media for sequence in sequences) else self.path
+        path = self.path  # looks at the model too
+        return self.padded if any(sequence.media for sequence in sequences) else path
 
     def logprobs(
         self, sequences: list[Sequence], progress: Progress = lambda done: None, tokens: list[np.ndarray] | None = None

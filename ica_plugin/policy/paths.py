@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..data.store import Sequence
+from ..errors import ICAError
 from .packed import PackedPath, why_not_packed
 from .padded import PaddedPath
 from .precision import Autocast
@@ -15,6 +16,12 @@ Path = PaddedPath | PackedPath
 
 # Packed and padded log-probs may differ by this share of their own spread: rounding is far below, a sibling seen far above.
 PATHS_AGREE = 0.05
+
+# What a token's log-prob may change by with the tokens after it: rounding of 8-bit kernels is far below, attention to them above.
+SEES_AHEAD = 0.3
+
+# Tokens of what two rows of the probe share, and of the third.
+STEM, ALONE = 12, 16
 
 
 def choose_path(
@@ -31,12 +38,22 @@ def choose_path(
 
     Returns:
         the path, and why it is not a faster one.
+
+    Raises:
+        ICAError: the model attends to later tokens (made for embeddings, diffusion, PaliGemma in some versions of transformers).
     """
+    probe = _probe(base.config.get_text_config().vocab_size)
+    of_rows = padded.token_logprobs(probe)
+    expected = np.concatenate(of_rows)
+    beginnings = [values[: STEM - 1] for row, values in zip(probe, of_rows, strict=True) if len(row.tokens) > ALONE]
+    if np.sqrt(np.mean(np.subtract(*beginnings) ** 2)) > SEES_AHEAD * expected.std():
+        raise ICAError(
+            f"{type(base).__name__} sees later tokens: two sequences that begin alike have other log-probs in their beginnings. What it "
+            "says of a response is no score; ica_plugin needs a causal language model. Give `ica.weights`, or remove the `ica:` block."
+        )
     reason = why_not_packed(base)
     if reason is not None:
         return padded, reason
-    probe = _probe(base.config.get_text_config().vocab_size)
-    expected = np.concatenate(padded.token_logprobs(probe))
     # Dense attention is one kernel, which is what a GPU wants; on a CPU the fewest operations win.
     for attention in ("segments", "dense") if device.type == "cpu" else ("dense",):
         packed = PackedPath(model, base, device, attention, autocast)
@@ -61,6 +78,6 @@ def describe(path: Path) -> str:
 def _probe(vocabulary: int) -> list[Sequence]:
     """Sequences of random tokens, sorted: two that share a beginning, a third that shares nothing."""
     rng = np.random.default_rng(0)
-    stem, left, right, alone = (rng.integers(vocabulary, size=size) for size in (12, 8, 8, 16))
+    stem, left, right, alone = (rng.integers(vocabulary, size=size) for size in (STEM, 8, 8, ALONE))
     rows = sorted([np.concatenate([stem, left]), np.concatenate([stem, right]), alone], key=lambda row: row.tolist())
     return [Sequence(row, np.arange(len(row)) > 0) for row in rows]

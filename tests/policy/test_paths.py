@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from engines import CPU, engine_with, listening, make, one_at_a_time, rows
 from ica_plugin.data.store import Sequence
@@ -182,6 +183,21 @@ def test_embeddings(path):
             hidden = model.get_decoder()(input_ids=torch.from_numpy(prompt)[None]).last_hidden_state[0].double().numpy()
         weight = np.arange(1, len(prompt) + 1)
         np.testing.assert_allclose(vector, weight @ hidden / weight.sum(), atol=1e-4)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_model_that_sees_later_tokens_is_refused(ahead):
+    config = Gemma3TextConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, initializer_range=0.3, use_bidirectional_attention=ahead,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    engine = Engine(Gemma3ForCausalLM(config).eval(), device=CPU)
+    if not ahead:
+        assert np.isfinite(engine.logprobs(rows(2))).all()
+        return
+    with pytest.raises(ICAError, match="Gemma3ForCausalLM sees later tokens"):
+        engine.logprobs(rows(2))
 
 
 def test_path_is_logged_once(caplog):
