@@ -87,6 +87,7 @@ def test_a_run_with_every_adapter_scorer_and_equal_weights_is_the_plain_run(tmp_
                 "score": "rho + influence + datainf + likelihood",
                 "weighting": "top",
                 "keep": 1.0,
+                "drop_tokens": None,
                 "refresh_interval": 2,
                 "refresh_scope": "all",
             }
