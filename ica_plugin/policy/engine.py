@@ -101,7 +101,7 @@ class Engine:
 
         Args:
             sequences: n sequences.
-            progress: called with the number of sequences done.
+            progress: called with the number of their tokens done.
             tokens: if given, becomes the log-probs of each sequence's scored tokens one by one, float32 [scored tokens].
 
         Returns:
@@ -144,7 +144,7 @@ class Engine:
 
         Args:
             sequences: n sequences; one of which nothing is scored is all prompt.
-            progress: called with the number of prompts done.
+            progress: called with the number of their tokens done.
 
         Returns:
             float32 [n, H].
@@ -194,7 +194,7 @@ class Engine:
                     self._halve([len(sequences[i]) for i in batches[0]])
                     batches = plan([i for batch in batches for i in batch])
                     continue
-                progress(len(batches.popleft()))
+                progress(sum(len(sequences[i]) for i in batches.popleft()))
 
     def _halve(self, lengths: list[int]) -> None:
         if len(lengths) == 1:

@@ -45,7 +45,7 @@ def row_gradients(
         examples: n rows.
         references: of each row, see `row_loss`.
         beta: of pairs.
-        progress: called with the number of rows done.
+        progress: called with the number of tokens done.
 
     Yields:
         float32, in the parameters' shapes; None for a row that cannot be scored.
@@ -56,7 +56,7 @@ def row_gradients(
             yield None
             continue
         yield _gradient(engine, example, beta, reference, parameters)
-        progress(1)
+        progress(sum(len(sequence.tokens) for sequence in example.sequences))
 
 
 def _gradient(

@@ -16,11 +16,8 @@ from ..policy.engine import Engine
 from ..weighting.neighbours import Neighbours, row_features
 from ..weighting.retrieval import Embed
 from ..weighting.weights import Weights
+from .cost import FORWARDS_PER_STEP
 from .scoring import Scoring
-
-# A backward costs at least as much as its forward, so a training step at least this many forwards.
-FORWARDS_PER_STEP = 2
-
 
 # Optimizer steps after which their own time is believed rather than the estimate.
 STEPS_TO_MEASURE = 5

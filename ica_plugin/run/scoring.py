@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import Trainer
 
 from ..config import ICAConfig
@@ -23,6 +22,7 @@ from ..policy.reference import reference_of
 from ..scorers import needs_of, scores_for_sets
 from ..scorers.context import ScoringContext
 from ..weighting.retrieval import Embed, retrieve_blocks
+from .cost import watched
 from .fingerprint import digest, fingerprint
 from .parts import Parts
 
@@ -175,7 +175,7 @@ class Scoring:
             yield blocks[0][0], [sum(of_row, []) for of_row in zip(*(shown for _, shown in blocks), strict=True)]
 
     def score(self, rows: list[int], demonstrations: list[list[int]], parts: Parts | None = None) -> dict[str, np.ndarray]:
-        """The columns of `scorers.scores_for_sets` for `rows`, with a bar on the local main process, and `row`.
+        """The columns of `scorers.scores_for_sets` for `rows` and `row`; see `cost.watched` for what is seen of it.
 
         Args:
             rows: indices of train rows.
@@ -196,20 +196,15 @@ class Scoring:
             place = {row: i for i, row in enumerate(rows)}
             take(np.array([place[row] for row in before["row"].tolist()]), before)
             get_logger().info("%d of %d rows were scored before this scoring was stopped; it goes on.", done.sum(), len(rows))
-        sequences = 2 * self.train.lengths.shape[1] * int(self.train.can_be_scored[np.array(rows, int)[~done]].sum())
-        with tqdm(
-            total=sequences if self.config.score == "ica" else None,
-            desc="ICA scoring",
-            unit="seq",
-            leave=False,
-            disable=self.trainer.args.disable_tqdm or not self.trainer.is_local_process_zero(),
-        ) as bar:
+        left = np.flatnonzero(~done).tolist()
+        todo = [rows[i] for i in left], [demonstrations[i] for i in left]
+        with watched(self.trainer, self.config, self.train, self.holdout, *todo) as progress:
             for block in blocks(self.train, self.holdout, rows, demonstrations):
                 at = block[~done[block]]
                 if len(at) == 0 and columns:
                     continue
                 some = [rows[i] for i in at]
-                context = self.context(some, [demonstrations[i] for i in at], bar.update, once)
+                context = self.context(some, [demonstrations[i] for i in at], progress, once)
                 found = {"row": np.array(some, np.int64), **scores_for_sets(context)}
                 if parts is not None and some:
                     parts.add("scores", found)

@@ -41,7 +41,7 @@ class ScoringContext:
         parts: names of the scorers computed together.
         kept: what a scorer keeps from one refresh to the next.
         once: what a scorer keeps from one block of rows to the next of the same refresh.
-        progress: called with the number of sequences done.
+        progress: called with the number of tokens done.
     """
 
     engine: Engine

@@ -57,7 +57,7 @@ def ica_scores(
         demonstrations: per row, indices into `holdout`, in the order in which they are shown.
         holdout: holdout rows.
         length_normalize: mean log-prob per token instead of the sum.
-        progress: called with the number of sequences done, 2 per sequence of each scored row.
+        progress: called with the number of tokens done.
         keep_tokens: keep the log-probs of single tokens too; of pairs there are none.
     """
     tokens = [np.zeros(0, np.float32)] * len(examples)

@@ -37,5 +37,5 @@ def _unit_vectors(context: ScoringContext, rows: list[Example]) -> np.ndarray:
     """float64 [rows, H]."""
     if not rows:
         return np.zeros((0, context.once["holdout_vectors"].shape[1]))
-    vectors = context.engine.embeddings([row.demonstration.unscored for row in rows]).astype(np.float64)
+    vectors = context.engine.embeddings([row.demonstration.unscored for row in rows], context.progress).astype(np.float64)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
