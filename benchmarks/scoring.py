@@ -118,7 +118,7 @@ def flatten(examples, demonstrations, holdout) -> list[Sequence]:
     """Base and context sequence of every response, row by row."""
     flat = []
     for example, shown in zip(examples, demonstrations, strict=True):
-        context = [holdout[d].demonstration.tokens for d in shown]
+        context = [holdout[d].demonstration for d in shown]
         for sequence in example.sequences:
             flat += [sequence, in_context(sequence, context)]
     return flat
