@@ -146,7 +146,7 @@ def _ids_from(line: np.ndarray, rows: list[tuple[np.ndarray, np.ndarray]], start
     return found
 
 
-def places_of_tokens(line: np.ndarray, tokens: np.ndarray, real: np.ndarray | None) -> np.ndarray:
+def places_of_tokens(line: np.ndarray, tokens: np.ndarray, real: np.ndarray | None) -> np.ndarray | None:
     """Where each token of a padded line stands in its row.
 
     Args:
@@ -155,10 +155,8 @@ def places_of_tokens(line: np.ndarray, tokens: np.ndarray, real: np.ndarray | No
         real: bool [T], what of the line is no padding; None where the batch does not say.
 
     Returns:
-        int64 [T], places in `tokens`; `NO_ROW` for padding.
-
-    Raises:
-        ICAError: the line holds neither the row nor its beginning or end, or it may be either.
+        int64 [T], places in `tokens`; `NO_ROW` for padding. None where the line holds neither the row nor its beginning or end, or may
+        be either.
     """
     found = np.full(len(line), NO_ROW)
     spans = [np.flatnonzero(real)] if real is not None else _spans(len(line), len(tokens))
@@ -169,10 +167,7 @@ def places_of_tokens(line: np.ndarray, tokens: np.ndarray, real: np.ndarray | No
         if len(firsts) == 1:
             found[at] = np.arange(len(held)) + firsts.pop()
             return found
-    raise ICAError(
-        f"a batch's line of {len(line)} tokens does not hold its row of {len(tokens)}, or its beginning or end, so that the weights of its "
-        "tokens cannot be told. Remove `drop_tokens`, or the setting that changes rows in the collator."
-    )
+    return None
 
 
 def _spans(width: int, size: int) -> list[np.ndarray]:

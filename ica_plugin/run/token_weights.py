@@ -10,6 +10,7 @@ import torch
 
 from ..data.matching import places_of_tokens
 from ..data.store import Rows
+from ..log import get_logger
 
 
 class TokenWeights:
@@ -30,6 +31,7 @@ class TokenWeights:
         self._kept = np.ones(int(self._starts[-1]), bool)
         self.scale = np.ones(len(train), np.float32)
         self.limit, self.calibrated = np.nan, 0
+        self._told = False
 
     def give(self, rows: np.ndarray, kept: list[np.ndarray], scale: float) -> None:
         """Take over what a refresh made.
@@ -50,15 +52,14 @@ class TokenWeights:
     def of_batch(self, rows: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The factor of each token of a batch; a token without supervision, or of no row, has one that reaches nothing.
 
+        A line that does not hold its row's tokens as the collator returned them alone is trained whole, which is said once.
+
         Args:
             rows: int64 [B] or [B, T] row ids, as `data.row_ids.RowIdCollator` adds them.
             inputs: the batch, with `input_ids` [B, T].
 
         Returns:
             float32 [B, T].
-
-        Raises:
-            ICAError: a line does not hold its row's tokens.
         """
         ids, tokens = rows.cpu().numpy(), inputs["input_ids"].cpu().numpy()
         mask = inputs.get("attention_mask")
@@ -68,12 +69,25 @@ class TokenWeights:
             if np.ndim(of_line) == 0:
                 of_row = self._of_row(int(of_line))
                 places = places_of_tokens(tokens[line], self._train[int(of_line)].sequences[0].tokens, real[line])
-                table[line, places >= 0] = of_row[places[places >= 0]]
+                if places is None:
+                    self._tell(int(of_line))
+                else:
+                    table[line, places >= 0] = of_row[places[places >= 0]]
                 continue
             for row in np.unique(of_line[of_line >= 0]).tolist():
-                here = np.flatnonzero(of_line == row)  # a packed row stands whole, from its first token on
-                table[line, here] = self._of_row(row)[: len(here)]
+                here = np.flatnonzero(of_line == row)
+                # A packed row stands whole, from its first token on; one that is drawn more often may stand in a line twice.
+                table[line, here] = np.resize(self._of_row(row), len(here))
         return torch.from_numpy(table)
+
+    def _tell(self, row: int) -> None:
+        if not self._told:
+            get_logger().warning(
+                "drop_tokens: a batch holds row %d with other tokens than the collator returned for it alone, so that it is not known which "
+                "of them to leave out; it is trained whole, and so is every such row.",
+                row,
+            )
+        self._told = True
 
     def _of_row(self, row: int) -> np.ndarray:
         """float32 [tokens]: the factor of each token of a row."""

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import tiny
+from checks import callback_of
 from draw_checks import check_draws, check_equal_weights, check_resumed, given, record, table, uneven
 from harness import maker  # noqa: F401
+from ica_plugin.data.scores import read_scores
 
 PACKED = {"sample_packing": True, "pad_to_sequence_len": True, "sequence_len": 64}
 KINDS = {
@@ -62,3 +64,15 @@ def test_epoch_share_shortens_the_run(make, tmp_path, name):
     assert abs(half.args.warmup_steps - whole.args.warmup_steps / 2) <= 1
     assert half.state.log_history[-2]["learning_rate"] < 0.01 / 5 if "learning_rate" in half.state.log_history[-2] else True
     assert sum(table(half)["draws"]) == sum(len(rows) for _, rows in trained)
+
+
+def test_a_row_that_is_drawn_often_stands_in_a_packed_line_more_than_once_with_its_tokens_left_out(make):
+    block = {"apply": "sample", "weighting": "top", "keep": 0.1, "drop_tokens": 0.2, "k": 2}
+    trainer = make("packed")(ica=block, micro_batch=1, num_epochs=2)
+    trained = record(trainer)
+    trainer.train()
+    assert any(len(rows) > len(set(rows)) for _, rows in trained)
+    assert any(
+        len(dropped)
+        for dropped in read_scores(callback_of(trainer).files.folder / "scores.parquet")["dropped_tokens"].to_pylist()
+    )
