@@ -68,7 +68,7 @@ def test_epoch_share_shortens_the_run(make, tmp_path, name):
 
 def test_a_row_that_is_drawn_often_stands_in_a_packed_line_more_than_once_with_its_tokens_left_out(make):
     block = {"apply": "sample", "weighting": "top", "keep": 0.1, "drop_tokens": 0.2, "k": 2}
-    trainer = make("packed")(ica=block, micro_batch=1, num_epochs=2)
+    trainer = make("packed", sequence_len=256)(ica=block, micro_batch=1, num_epochs=2)
     trained = record(trainer)
     trainer.train()
     assert any(len(rows) > len(set(rows)) for _, rows in trained)
