@@ -239,14 +239,15 @@ class Experiment:
             callback = attach(self.trainer(), self.block({}), holdout=_dataset(holdout))
             assert self.pairs or np.array_equal(self.tokens, callback.refresh.tokens)
             rows, scoring = list(range(len(callback.train))), callback.scoring
-        retrieved: dict[str, list[list[int]]] = {}
+        retrieved: dict[tuple[Any, ...], list[list[int]]] = {}
         for label in missing:
             begin = clock()
             config = scoring.config = parse_config(self.block({"holdout": "rows", **plans[label]}))
             scoring.length_normalize = bool(config.length_normalize)
-            if config.shows_demonstrations and config.retrieval not in retrieved:
-                retrieved[config.retrieval] = scoring.find_demonstrations(rows)
-            context = scoring.context(rows, retrieved.get(config.retrieval, [[] for _ in rows]))
+            choice = (config.retrieval, config.retrieval_groups, config.k)
+            if config.shows_demonstrations and choice not in retrieved:
+                retrieved[choice] = scoring.find_demonstrations(rows)
+            context = scoring.context(rows, retrieved.get(choice, [[] for _ in rows]))
             self.scores[label] = total_score(config, scores_for(context))
             lines.append(self._described(label, self.scores[label], clock() - begin))
         for label in ("ica", *variants):
