@@ -192,7 +192,8 @@ def _adapter(kept: dict[str, Any]) -> dict[str, Any]:
 
 def _without_prompt(row: Example) -> Example:
     """The row with its (chosen) sequence from the first supervised token on."""
-    if not row.can_be_scored:
+    # What a row shows belongs to its whole: a later turn's image tokens would stand without their pixels.
+    if not row.can_be_scored or row.sequences[0].media:
         return row
     sequence = row.sequences[0]
     first = int(np.argmax(sequence.scored))

@@ -20,6 +20,7 @@ from ica_plugin.tools.audit_verdicts import verdicts
 from ica_plugin.tools.measures import agreement, auroc
 from ica_plugin.tools.noise import corrupted
 from ica_plugin.tools.page import write_page
+from ica_plugin.tools.sample import _without_prompt
 from runs import tokenised
 
 
@@ -169,6 +170,14 @@ def test_verdicts_follow_the_numbers_and_no_further_than_chance():
     assert "too small" in verdicts(numbers)[1].title
     numbers |= {"noise": [], "sensitivity": []}
     assert "No noise could be planted" in verdicts(numbers)[0].evidence and "at least 8 rows" in verdicts(numbers)[1].evidence
+
+
+def test_a_row_with_images_keeps_its_prompt():
+    """Its later turns may show an image, whose tokens need their pixels."""
+    tokens, scored = np.arange(3, 9), np.array([0, 0, 0, 1, 1, 1], bool)
+    shown = Example((Sequence(tokens, scored, ((0, object()),)),), "sft")
+    assert _without_prompt(shown) is shown
+    assert _without_prompt(Example((Sequence(tokens, scored),), "sft")).sequences[0].tokens.tolist() == [6, 7, 8]
 
 
 def test_agreement_and_auroc():
