@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TextIO
 
+PREFIX = "[ica]"
+
 
 class _StderrHandler(logging.StreamHandler):
     """Writes to whatever sys.stderr is when a line is written: hosts and notebooks replace it."""
@@ -24,7 +26,7 @@ def get_logger() -> logging.Logger:
     logger = logging.getLogger("ica_plugin")
     if not logger.handlers:
         handler = _StderrHandler()
-        handler.setFormatter(logging.Formatter("[ica] %(message)s"))
+        handler.setFormatter(logging.Formatter(f"{PREFIX} %(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
         is_main = int(os.environ.get("RANK", "0")) == 0

@@ -25,9 +25,14 @@ Config = Annotated[Path, typer.Argument(help="An Axolotl or LLaMA-Factory config
 
 
 @app.command()
-def validate(config: Config) -> None:
+def validate(
+    config: Config,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the host prints, too.")] = False,
+) -> None:
     """Check a config, its data and its holdout through the host's own loaders, without loading the model."""
-    with _errors(config):
+    from .quiet import quiet
+
+    with _errors(config), quiet(verbose):
         summary = _host(config).validate(config)
     table = Table(show_header=False)
     for name, value in summary.items():

@@ -17,7 +17,7 @@ from axolotl.utils.dict import DictDefault
 from pydantic import ValidationError
 from transformers import AutoConfig
 
-from ...config import parse_config
+from ...config import ICAConfig, parse_config
 from ...data.read import token_columns
 from ...data.summary import summary
 from ...errors import ICAError
@@ -44,6 +44,13 @@ def validate(path: Path) -> dict[str, Any]:
     refuse_unsupported(cfg)
     config = config_of(cfg)
     tokenizer = load_tokenizer(cfg)
+    with tempfile.TemporaryDirectory() as prepared:  # nothing stays on the disk
+        cfg.dataset_prepared_path, cfg.push_dataset_to_hub = prepared, None
+        return _checked(cfg, config, tokenizer)
+
+
+def _checked(cfg: DictDefault, config: ICAConfig, tokenizer: Any) -> dict[str, Any]:
+    """What `validate` finds in the data."""
     train = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg).train_dataset
     load = AxolotlHoldout(cfg, tokenizer)
     if cfg.rl:  # preference rows are tokenised by the trainer, which needs the model

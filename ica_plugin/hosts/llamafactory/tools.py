@@ -30,6 +30,7 @@ def validate(path: Path) -> dict[str, Any]:
         ICAError: what is wrong.
     """
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.extras.misc import has_tokenized_data
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
@@ -37,6 +38,8 @@ def validate(path: Path) -> dict[str, Any]:
     args = yaml.safe_load(path.read_text())
     config = parse_config(args.pop("ica", None))
     refuse_unsupported(args, config)
+    if args.get("tokenized_path") and not has_tokenized_data(args["tokenized_path"]):
+        del args["tokenized_path"]  # the rows would be written there
     try:
         model_args, data_args, training_args, finetuning_args, _ = get_train_args(args)
         tokenizer = load_tokenizer(model_args)

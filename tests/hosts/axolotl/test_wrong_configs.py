@@ -197,8 +197,10 @@ def test_validate_checks_a_config_without_the_model(config, kind):
 
     path = config(kind=kind)
     load_config(path)  # a fresh plugin registry
+    before = set(path.parent.rglob("*"))
     result = CliRunner().invoke(app, ["validate", str(path)])
     assert result.exit_code == 0, result.output
+    assert set(path.parent.rglob("*")) == before, "nothing is left on disk"
     assert "ready to train" in result.output and "holdout rows" in result.output
 
     path = config(kind=kind, ica={"k": 0})

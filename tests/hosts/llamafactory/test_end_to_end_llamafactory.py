@@ -135,8 +135,12 @@ def test_a_wrong_block_ends_with_one_line(tmp_path, tiny_model):
 def test_validate(tmp_path, tiny_model, kind):
     rows = ROWS.get(kind, tiny.pair_rows)(8)
     config = write_config(tmp_path, tiny_model, kind, rows, {"holdout": "good"})
+    config.write_text(config.read_text() + f"tokenized_path: {tmp_path / 'tokenised'}\n")
+    before = set(tmp_path.rglob("*"))
     done = command("ica-plugin", "validate", str(config), COLUMNS="150")
     assert "ready to train" in done.stdout and "6 (good)" in done.stdout
+    assert set(tmp_path.rglob("*")) == before, "nothing is left on disk"
+    assert len(done.stdout.splitlines()) < 20, "the verdict, without what the host prints"
     config.write_text(config.read_text().replace("holdout: good", "holdout: god"))
     done = command("ica-plugin", "validate", str(config), check=False)
     assert done.returncode == 1 and "Did you mean `good`" in done.stderr and "Traceback" not in done.stderr
