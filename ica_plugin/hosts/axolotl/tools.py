@@ -37,16 +37,23 @@ def validate(path: Path) -> dict[str, Any]:
         ICAError: what is wrong.
     """
     warn_if_untested("axolotl")
+    with tempfile.TemporaryDirectory() as folder:  # nothing stays on the disk
+        cfg = _loaded(path, folder)
+        refuse_unsupported(cfg)
+        cfg.dataset_prepared_path, cfg.push_dataset_to_hub = folder, None
+        return _checked(cfg, config_of(cfg), load_tokenizer(cfg))
+
+
+def _loaded(path: Path, output_dir: str) -> DictDefault:
+    """The validated config with another output folder: Axolotl begins its log there, in place of one that a run left.
+
+    Raises:
+        ICAError: what Axolotl or the block refuse.
+    """
     try:
-        cfg = load_cfg(str(path))
+        return load_cfg(str(path), output_dir=output_dir)
     except ValidationError as error:
         raise ICAError(str(error)) from None
-    refuse_unsupported(cfg)
-    config = config_of(cfg)
-    tokenizer = load_tokenizer(cfg)
-    with tempfile.TemporaryDirectory() as prepared:  # nothing stays on the disk
-        cfg.dataset_prepared_path, cfg.push_dataset_to_hub = prepared, None
-        return _checked(cfg, config, tokenizer)
 
 
 def _checked(cfg: DictDefault, config: ICAConfig, tokenizer: Any) -> dict[str, Any]:
@@ -79,16 +86,12 @@ def attached(path: Path, changes: dict[str, Any]) -> tuple[ICACallback, tuple[np
         ICAError: what is wrong with the config.
     """
     warn_if_untested("axolotl")
-    try:
-        cfg = load_cfg(str(path))
-    except ValidationError as error:
-        raise ICAError(str(error)) from None
-    cfg.ica = parse_config({**config_of(cfg).model_dump(exclude_unset=True), "weights": None, **changes}).model_dump(
-        exclude_unset=True
-    )
-    data = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg)
     with tempfile.TemporaryDirectory() as folder:
-        cfg.output_dir = folder
+        cfg = _loaded(path, folder)
+        cfg.ica = parse_config({**config_of(cfg).model_dump(exclude_unset=True), "weights": None, **changes}).model_dump(
+            exclude_unset=True
+        )
+        data = (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg)
         trainer, *_ = setup_model_and_trainer(cfg, data)
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ICACallback))
     if len(data.train_dataset) != len(callback.train):

@@ -191,12 +191,13 @@ def test_the_schema_has_the_block(config):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_validate_checks_a_config_without_the_model(config, kind):
+    from axolotl.integrations.base import PluginManager
     from typer.testing import CliRunner
 
     from ica_plugin.tools.cli import app
 
     path = config(kind=kind)
-    load_config(path)  # a fresh plugin registry
+    PluginManager.get_instance().plugins.clear()
     before = set(path.parent.rglob("*"))
     result = CliRunner().invoke(app, ["validate", str(path)])
     assert result.exit_code == 0, result.output
