@@ -55,25 +55,16 @@ def token_logprobs(callback: ICACallback) -> TokenLogprobs:
             in_context(row, [holdout.examples[i].demonstration for i in demonstrations])
             for row, demonstrations in zip(alone, shown, strict=True)
         ]
-        return {True: _of_each_token(engine, after), False: _of_each_token(engine, alone)}
+        found: dict[bool, list[np.ndarray]] = {True: [], False: []}
+        for context, sequences in ((True, after), (False, alone)):
+            engine.logprobs(sequences, tokens=found[context])
+        return found
 
     train = both(rows, callback.scoring.find_demonstrations(list(range(len(rows)))))
     of_holdout = both([holdout.examples[i] for i in mine], others)
     return TokenLogprobs(
         [row.sequences[0] for row in rows], train, {context: np.concatenate(found) for context, found in of_holdout.items()}
     )
-
-
-def _of_each_token(engine: Any, sequences: list[Sequence]) -> list[np.ndarray]:
-    found: list[np.ndarray] = [np.zeros(0)] * len(sequences)
-
-    def work(index: list[int]) -> None:
-        for i, values in zip(index, engine.path.token_logprobs([sequences[i] for i in index]), strict=True):
-            found[i] = values
-
-    counts = np.array([int(sequence.scored.sum()) for sequence in sequences])
-    engine._in_batches([sequence.tokens for sequence in sequences], counts, work, lambda done: None)
-    return found
 
 
 def kept_tokens(logprobs: TokenLogprobs, cut: Cut, *, always: int) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ica_plugin.config import ICAConfig
 from ica_plugin.data.holdout import check_holdout
+from ica_plugin.data.store import Sequence
 from ica_plugin.policy.engine import Engine
 from ica_plugin.weighting.retrieval import retrieve
 from scoring import K, Trees, alpaca, compare, flatten, gsm8k, machine_name, page, pairs, tokenise
@@ -63,13 +64,13 @@ def main() -> None:
     vectors: dict[bytes, np.ndarray] = {}
     retrieval_seconds = 0.0
 
-    def embed(prompts: list[np.ndarray]) -> np.ndarray:
+    def embed(asked: list[Sequence]) -> np.ndarray:
         nonlocal retrieval_seconds
         begin = time.perf_counter()
-        new = {p.tobytes(): p for p in prompts if p.tobytes() not in vectors}
+        new = {s.prompt.tobytes(): s for s in asked if s.prompt.tobytes() not in vectors}
         vectors.update(zip(new, engine.embeddings(list(new.values())) if new else [], strict=True))
         retrieval_seconds += time.perf_counter() - begin
-        return np.stack([vectors[p.tobytes()] for p in prompts])
+        return np.stack([vectors[s.prompt.tobytes()] for s in asked])
 
     windows = np.array_split(np.random.default_rng(0).permutation(len(train)), args.windows)
     lines = []

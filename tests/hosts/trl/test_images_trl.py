@@ -14,7 +14,7 @@ import tiny
 import tiny_vision
 from checks import check_all_weights_one, check_gradients
 from ica_plugin.errors import ICAError
-from trl_harness import trl_class
+from trl_harness import training_arguments, trl_class
 from vision_checks import check_image_scores
 
 TRL_1 = Version(trl.__version__).major >= 1
@@ -48,24 +48,8 @@ class Maker:
     def __call__(self, *, ica, micro_batch: int = 2, accumulation: int = 1, max_steps: int = -1, **more):
         self.built += 1
         family = "DPO" if self.kind == "pair" else "SFT"
-        arguments = {
-            "output_dir": str(self.folder / str(self.built)),
-            "per_device_train_batch_size": micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "max_steps": max_steps,
-            "num_train_epochs": 1,
-            "learning_rate": 0.01,
-            "lr_scheduler_type": "constant",
-            "seed": 7,
-            "bf16": False,
-            "use_cpu": True,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "report_to": "none",
-            "gradient_checkpointing": False,
-            **self.settings,
-            **more,
-        }
+        folder = self.folder / str(self.built)
+        arguments = training_arguments(folder, micro_batch, accumulation, max_steps) | self.settings | more
         config = trl_class(f"{family}Config")
         if family == "SFT" and not self.lora and "loss_type" in inspect.signature(config).parameters:
             # In TRL ≥ 1.9 the default loss is a fused one, exact for a frozen output embedding alone.

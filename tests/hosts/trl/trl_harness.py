@@ -72,6 +72,27 @@ def tokenise(rows: list[dict]) -> Dataset:
     return Dataset.from_list([one(row) for row in rows])
 
 
+def training_arguments(folder: Path, micro_batch: int, accumulation: int, max_steps: int) -> dict[str, Any]:
+    """Of every trainer in these tests: one epoch on a CPU in float32, at a constant rate."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": max_steps,
+        "num_train_epochs": 1,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "seed": 7,
+        "bf16": False,
+        "fp16": False,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "gradient_checkpointing": False,
+    }
+
+
 class Maker:
     """`make_trainer` of tests/checks.py for one kind of trainer.
 
@@ -85,25 +106,8 @@ class Maker:
 
     def __call__(self, *, ica: Any, micro_batch: int = 2, accumulation: int = 1, max_steps: int = -1, **more: Any) -> Trainer:
         self.built += 1
-        arguments = {
-            "output_dir": str(self.folder / str(self.built)),
-            "per_device_train_batch_size": micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "max_steps": max_steps,
-            "num_train_epochs": 1,
-            "learning_rate": 0.01,
-            "lr_scheduler_type": "constant",
-            "seed": 7,
-            "bf16": False,
-            "fp16": False,
-            "use_cpu": True,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "report_to": "none",
-            "gradient_checkpointing": False,
-            **self.settings,
-            **more,
-        }
+        folder = self.folder / str(self.built)
+        arguments = training_arguments(folder, micro_batch, accumulation, max_steps) | self.settings | more
         model = tiny.make_model()
         model.warnings_issued = {}  # as `from_pretrained` leaves it
         trainer = self._transformers(model, arguments) if self.kind == "transformers" else self._trl(model, arguments)
